@@ -1,0 +1,12 @@
+# build_info.h: what build_info() answers.
+set(FASTLM_GENERATED_DIR "${CMAKE_CURRENT_BINARY_DIR}/generated")
+set(FASTLM_VERSION "${SKBUILD_PROJECT_VERSION}")
+if(NOT FASTLM_VERSION)
+  file(STRINGS "${CMAKE_CURRENT_SOURCE_DIR}/pyproject.toml" _version_line REGEX "^version = ")
+  string(REGEX REPLACE "version = \"(.*)\"" "\\1" FASTLM_VERSION "${_version_line}")
+endif()
+string(REPLACE ";" "," FASTLM_BUILT_LEVELS_TEXT "${FASTLM_BUILT_LEVELS}")
+string(REPLACE ";" "," FASTLM_CUDA_ARCHITECTURES_TEXT "${FASTLM_CUDA_ARCHITECTURES}")
+string(TOUPPER "${CMAKE_BUILD_TYPE}" _build_type_upper)
+string(STRIP "${CMAKE_CXX_FLAGS} ${CMAKE_CXX_FLAGS_${_build_type_upper}}" FASTLM_FLAGS)
+configure_file("${CMAKE_CURRENT_SOURCE_DIR}/cmake/build_info.h.in" "${FASTLM_GENERATED_DIR}/build_info.h" @ONLY)

@@ -1,0 +1,72 @@
+// The Python module `fastlm._C`: facts about the build and the CPU level. It never touches a tensor.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "build_info.h"
+#include "core/cpu_capability.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::list split(const std::string& text) {
+  py::list parts;
+  size_t begin = 0;
+  while (begin < text.size()) {
+    const size_t end = text.find(',', begin);
+    parts.append(text.substr(begin, end == std::string::npos ? std::string::npos : end - begin));
+    if (end == std::string::npos) break;
+    begin = end + 1;
+  }
+  return parts;
+}
+
+py::object text_or_none(const char* text) {
+  if (text == nullptr || *text == '\0') return py::none();
+  return py::str(text);
+}
+
+py::dict build_info() {
+  namespace b = fastlm::build;
+  py::dict cutlass;
+  cutlass["version"] = text_or_none(b::kCutlass);
+  cutlass["why_not"] = text_or_none(b::kCutlassWhyNot);
+  py::dict cuda;
+  cuda["built"] = b::kCuda;
+  cuda["architectures"] = split(b::kCudaArchitectures);
+  cuda["why_not"] = text_or_none(b::kCudaWhyNot);
+  py::dict info;
+  info["version"] = b::kVersion;
+  info["torch"] = b::kTorch;
+  info["torch_target"] = b::kTorchTarget;
+  info["cuda"] = cuda;
+  info["cutlass"] = cutlass;
+  info["cpu_levels"] = split(b::kCpuLevels);
+  info["compiler"] = b::kCompiler;
+  info["build_type"] = b::kBuildType;
+  info["flags"] = b::kFlags;
+  info["sanitizers"] = text_or_none(b::kSanitizers);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts about the compiled fastlm libraries.";
+  m.def("build_info", &build_info);
+  m.def("cpu_capability", [] { return std::string(fastlm::cpu_level_name(fastlm::cpu_level())); });
+  m.def("cpu_capability_problem", [] { return text_or_none(fastlm::cpu_capability_problem()); });
+  m.def("set_cpu_capability", [](const std::string& name) {
+    if (const char* why = fastlm::set_cpu_level(name.c_str())) throw std::invalid_argument(why);
+  });
+  m.def("supported_cpu_capabilities", [] {
+    py::list names;
+    for (int i = 0; i < fastlm::kNumCpuLevels; ++i) {
+      const auto level = static_cast<fastlm::CpuLevel>(i);
+      if (fastlm::cpu_level_built(level) && fastlm::cpu_level_supported(level)) names.append(fastlm::cpu_level_name(level));
+    }
+    return names;
+  });
+}

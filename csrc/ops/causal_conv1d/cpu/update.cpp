@@ -1,0 +1,79 @@
+// Depthwise causal convolution, decoding step of one or m tokens: the state holds the last inputs of each channel, oldest first
+// (shifted in place), or is a ring in which token number n lies at slot n mod S. The filter's window is carried through the m tokens
+// in registers, so a state shorter than W-1+m is enough.
+#include "ops/causal_conv1d/cpu/kernels.h"
+#include "ops/causal_conv1d/cpu/taps.h"
+
+namespace fastlm::FASTLM_CPU_LEVEL {
+namespace {
+
+using causal_conv1d::kMaxWidth;
+using causal_conv1d::UpdateParams;
+
+FASTLM_INLINE int64_t ring_slot(int64_t position, int64_t size) {
+  const int64_t slot = position % size;
+  return slot < 0 ? slot + size : slot;
+}
+
+template <class T>
+void update_channel(const UpdateParams& p, int64_t row, int64_t slot, int64_t d) {
+  using A = acc_t<T>;
+  const int64_t keep = p.width - 1;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride + d * p.x_dim_stride;
+  T* out = static_cast<T*>(p.out) + row * p.out_batch_stride + d * p.out_dim_stride;
+  T* state = static_cast<T*>(p.conv_state) + slot * p.state_batch_stride + d * p.state_dim_stride;
+  const int64_t step = p.state_len_stride;
+  const bool ring = p.cache_seqlens != nullptr;
+  const int64_t seen = ring ? p.cache_seqlens[row] : 0;
+
+  A w[kMaxWidth];
+  A window[kMaxWidth];
+  for (int64_t j = 0; j < p.width; ++j) {
+    w[j] = load_param<A>(p.weight, p.weight_dtype, d * p.weight_dim_stride + j * p.weight_width_stride);
+  }
+  const A bias = load_param<A>(p.bias, p.bias_dtype, d * p.bias_stride);
+  for (int64_t i = 0; i < keep; ++i) {
+    const int64_t from = ring ? ring_slot(seen - keep + i, p.state_len) : p.state_len - keep + i;
+    window[i] = to_acc(state[from * step]);
+  }
+  if (!ring) {  // make room: the newest S - m of the old inputs move to the front
+    for (int64_t i = 0; i + p.num_tokens < p.state_len; ++i) state[i * step] = state[(i + p.num_tokens) * step];
+  }
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    const T raw = x[t * p.x_seq_stride];
+    window[keep] = to_acc(raw);
+    if (ring) {
+      state[ring_slot(seen + t, p.state_len) * step] = raw;
+    } else if (p.state_len - p.num_tokens + t >= 0) {
+      state[(p.state_len - p.num_tokens + t) * step] = raw;
+    }
+    A sum = bias;
+    for (int64_t j = 0; j < p.width; ++j) sum += w[j] * window[j];
+    out[t * p.out_seq_stride] = from_acc<T>(p.silu ? sum * sigmoid(sum) : sum);
+    for (int64_t i = 0; i < keep; ++i) window[i] = window[i + 1];
+  }
+}
+
+template <class T>
+void update(const UpdateParams& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item / p.dim;
+    const int64_t d = item % p.dim;
+    const int64_t slot = p.conv_state_indices == nullptr ? row : p.conv_state_indices[row];
+    if (slot >= 0) {
+      update_channel<T>(p, row, slot, d);
+      continue;
+    }
+    T* out = static_cast<T*>(p.out) + row * p.out_batch_stride + d * p.out_dim_stride;
+    for (int64_t t = 0; t < p.num_tokens; ++t) out[t * p.out_seq_stride] = from_acc<T>(acc_t<T>(0));
+  }
+}
+
+}  // namespace
+
+extern const causal_conv1d::UpdateKernels causal_conv1d_update;
+const causal_conv1d::UpdateKernels causal_conv1d_update = {
+    {update<float>, update<bfloat16>, update<float16>, update<double>},
+};
+
+}  // namespace fastlm::FASTLM_CPU_LEVEL

@@ -1,0 +1,79 @@
+// What the kernels of causal_conv1d see: plain pointers and strides (in elements). Shared by the CPU and the CUDA twin.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtypes.h"
+
+namespace fastlm::causal_conv1d {
+
+// Filters wider than this are refused: it bounds the arrays of row pointers in the kernels.
+constexpr int64_t kMaxWidth = 32;
+
+// A run of positions of one row that the filter may not look out of.
+struct Segment {
+  int64_t batch;         // row of x
+  int64_t begin, end;    // positions [begin, end)
+  int64_t initial;       // row of initial_states, or -1: zeros
+  int64_t final_state;   // row of final_states this segment fills, or -1
+  int64_t padding;       // 1: seq_idx is negative, the output is 0
+};
+
+struct Params {
+  int64_t batch, dim, seqlen, width;
+  bool silu;
+
+  const void* x;  // (B, D, L), element type T
+  int64_t x_batch_stride, x_dim_stride, x_seq_stride;
+  void* out;  // (B, D, L), T, same layout as x
+  int64_t out_batch_stride, out_dim_stride, out_seq_stride;
+
+  const void* weight;  // (D, W)
+  DType weight_dtype;
+  int64_t weight_dim_stride, weight_width_stride;
+  const void* bias;  // (D,) or null
+  DType bias_dtype;
+  int64_t bias_stride;
+
+  const void* initial_states;  // (S, D, W-1), T, or null
+  int64_t initial_batch_stride, initial_dim_stride, initial_width_stride;
+  void* final_states;  // (S, D, W-1), T, contiguous
+
+  const Segment* segments;
+  int64_t num_segments;
+};
+
+struct BackwardParams : Params {  // `out` and `final_states` are unused here
+  const void* dout;               // (B, D, L), T, same layout as x
+  int64_t dout_batch_stride, dout_dim_stride, dout_seq_stride;
+  const void* dfinal_states;  // (S, D, W-1), T, contiguous, or null
+  void* dx;                   // (B, D, L), T, same layout as x
+  int64_t dx_batch_stride, dx_dim_stride, dx_seq_stride;
+  void* dinitial_states;  // (S, D, W-1), T, contiguous, or null
+  void* partial;          // (P, W + 1, D) in the accumulation type: weight and bias gradients of each piece of work, summed in order
+};
+
+struct UpdateParams {
+  int64_t batch, dim, num_tokens, width, state_len;
+  bool silu;
+
+  const void* x;  // (B, D, m), T
+  int64_t x_batch_stride, x_dim_stride, x_seq_stride;
+  void* out;  // (B, D, m), T
+  int64_t out_batch_stride, out_dim_stride, out_seq_stride;
+
+  void* conv_state;  // (slots, D, S), T
+  int64_t state_batch_stride, state_dim_stride, state_len_stride;
+
+  const void* weight;  // (D, W)
+  DType weight_dtype;
+  int64_t weight_dim_stride, weight_width_stride;
+  const void* bias;  // (D,) or null
+  DType bias_dtype;
+  int64_t bias_stride;
+
+  const int64_t* cache_seqlens;       // (B,) or null: shift instead of ring
+  const int64_t* conv_state_indices;  // (B,) or null; negative: padding row
+};
+
+}  // namespace fastlm::causal_conv1d

@@ -1,0 +1,54 @@
+// Every operator of fastlm on one page. Tensors of differentiable operators are positional: torch registers no gradient for
+// keyword-only ones. Outputs that do not apply to a call are tensors of shape (0,).
+// Letters: B batch, L length, D channels, N state size, G groups, S packed sequences, W filter width, H query heads, K head dim.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastlm, m) {
+  // ---- causal_conv1d ------------------------------------------------------------------------------------------------
+  // Depthwise causal convolution with optional SiLU; final_states are the last W-1 inputs of each row or packed sequence.
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? seq_idx=None, Tensor? initial_states=None, "
+      "str? activation=None, Tensor? cu_seqlens=None) -> (Tensor out, Tensor final_states)");
+  // Gradients of x, weight, bias and initial_states; the pre-activation is recomputed.
+  m.def(
+      "causal_conv1d_backward(Tensor dout, Tensor? dfinal_states, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, "
+      "Tensor? initial_states, str? activation, Tensor? cu_seqlens) -> (Tensor dx, Tensor dweight, Tensor dbias, "
+      "Tensor dinitial_states)");
+  // One or m tokens of decoding; conv_state is shifted in place, or written as a ring when cache_seqlens is given.
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias=None, str? activation=None, "
+      "Tensor? cache_seqlens=None, Tensor? conv_state_indices=None) -> Tensor");
+
+  // ---- selective_scan -----------------------------------------------------------------------------------------------
+  // Mamba-1 scan h_t = exp(dt A) h_{t-1} + dt B u, y = C h + D u, gated by z. chunk_states feed the backward pass.
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, "
+      "Tensor? delta_bias=None, bool delta_softplus=False, Tensor? initial_state=None, Tensor? cu_seqlens=None, *, "
+      "bool return_all_states=False) -> (Tensor out, Tensor last_state, Tensor chunk_states, Tensor all_states)");
+  // One gradient per input; states are recomputed chunk by chunk from chunk_states.
+  m.def(
+      "selective_scan_backward(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor chunk_states, Tensor? initial_state, "
+      "Tensor? cu_seqlens) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
+      "Tensor ddelta_bias, Tensor dinitial_state)");
+  // One token of decoding; state is updated in place.
+  m.def(
+      "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, Tensor? state_batch_indices=None) -> Tensor");
+
+  // ---- sliding_window_attention -------------------------------------------------------------------------------------
+  // Softmax attention over a window of keys around the (bottom-right aligned) diagonal; lse is the log-sum-exp per row.
+  m.def(
+      "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, *, "
+      "int[2] window_size=[-1, -1], bool causal=True, float? softmax_scale=None, float softcap=0.0, "
+      "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "sliding_window_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, *, int[2] window_size, bool causal, float? softmax_scale, "
+      "float softcap, SymInt? max_seqlen_q, SymInt? max_seqlen_k) -> (Tensor dq, Tensor dk, Tensor dv)");
+  // m tokens of decoding on a ring buffer of keys and values (slot = position mod R), written in place.
+  m.def(
+      "sliding_window_attention_update(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor cache_seqlens, *, int[2] window_size, float? softmax_scale=None, Tensor? rotary_cos=None, "
+      "Tensor? rotary_sin=None) -> Tensor");
+}

@@ -1,0 +1,9 @@
+"""Binds the one overload of every operator, so that a call costs no attribute look-up. `_ops.pyi` has the types."""
+
+import torch
+
+_fastlm = torch.ops.fastlm
+
+causal_conv1d = _fastlm.causal_conv1d.default
+causal_conv1d_backward = _fastlm.causal_conv1d_backward.default
+causal_conv1d_update = _fastlm.causal_conv1d_update.default
