@@ -1,0 +1,25 @@
+"""The operators in slow, readable PyTorch: their executable definition.
+
+Every function has the signature of its namesake in `fastlm.ops`, works in any floating dtype on any device,
+computes in float32 (float64 for float64 inputs), rounds once at the end, and is differentiable by plain
+autograd. Nothing here is ever used as a silent fallback: models and layers call `fastlm.ops`.
+"""
+
+from fastlm.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from fastlm.reference.selective_scan import selective_scan, selective_state_update
+from fastlm.reference.sliding_window_attention import (
+    sliding_window_attention,
+    sliding_window_attention_update,
+)
+from fastlm.reference.slm_loss import linear_cross_entropy, linear_nll
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "linear_cross_entropy",
+    "linear_nll",
+    "selective_scan",
+    "selective_state_update",
+    "sliding_window_attention",
+    "sliding_window_attention_update",
+]
