@@ -53,9 +53,8 @@ def selective_scan(
         return_all_states: also return the state after every position.
 
     Returns:
-        out: shape and dtype of `u`. Asked for, after it in this order: last_state, shape `(B, D, N)` or `(S,
-            D, N)`; all_states,
-        shape `(B, L, D, N)`; both float32 (float64 for float64).
+        out: shape and dtype of `u`. Asked for, after it in this order: last_state, shape `(B, D, N)` or
+        `(S, D, N)`; all_states, shape `(B, L, D, N)`; both float32 (float64 for float64).
 
     Raises:
         ValueError: `cu_seqlens` with a batch other than 1.
@@ -64,8 +63,7 @@ def selective_scan(
         An empty sequence's last state is its initial state. all_states is detached.
 
     Source: Gu and Dao, arXiv 2312.00752, section 3 (Euler rule for B); state-spaces/mamba,
-    `selective_scan_fn`. Initial state,
-    packing and all_states are additions.
+    `selective_scan_fn`. Initial state, packing and all_states are additions.
     """
     if cu_seqlens is None:
         out, last_state, all_states = _one_batch(

@@ -46,7 +46,8 @@ def sliding_window_attention(
 
     Returns:
         out: shape and dtype of `q`; with `return_lse` the pair `(out, lse)`, the latter of shape `(B, H, Lq)`
-        (packed `(H, T)`), float32 (float64 for float64). A row that sees no key has out 0, lse -inf and gradient 0.
+        (packed `(H, T)`), float32 (float64 for float64). A row that sees no key has out 0, lse -inf and
+        gradient 0.
 
     Raises:
         ValueError: one of `cu_seqlens_q` and `cu_seqlens_k` without the other, or of another length.

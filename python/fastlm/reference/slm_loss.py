@@ -37,9 +37,8 @@ def linear_nll(
         return_entropy: also return the entropy of each token's prediction, in nats.
 
     Returns:
-        nll: shape `(T,)`, float32 (float64 for float64), in nats. Asked for, after it in this order: lse and
-            entropy, same shape
-        and dtype. An ignored token has 0 in each of them and gradient 0.
+        nll: shape `(T,)`, float32 (float64 for float64), in nats. Asked for, after it in this order: lse
+        and entropy, same shape and dtype. An ignored token has 0 in each of them and gradient 0.
 
     Raises:
         IndexError: a label outside `[0, V)` that is not `ignore_index`.
