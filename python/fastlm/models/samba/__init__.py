@@ -1,0 +1,27 @@
+"""Samba: Mamba and sliding-window attention in turn (Ren et al., arXiv 2406.07522).
+
+config.py      SambaConfig          sizes, checked
+presets.py     PRESETS, preset      every published size
+modeling.py    SambaForCausalLM     blocks, loss
+cache.py       SambaCache           state between calls
+generation.py  generate             prefill in chunks, decode, sampling
+checkpoint.py                       config.json and model.safetensors
+"""
+
+from fastlm.models.samba.cache import LayerCache, SambaCache
+from fastlm.models.samba.config import SambaConfig
+from fastlm.models.samba.generation import Sampling
+from fastlm.models.samba.modeling import SambaForCausalLM, SambaModel, SambaOutput
+from fastlm.models.samba.presets import PRESETS, preset
+
+__all__ = [
+    "PRESETS",
+    "LayerCache",
+    "SambaCache",
+    "SambaConfig",
+    "SambaForCausalLM",
+    "SambaModel",
+    "SambaOutput",
+    "Sampling",
+    "preset",
+]

@@ -1,0 +1,307 @@
+"""The Samba language model: blocks of (Mamba | sliding-window attention) and SwiGLU over a float32 residual
+stream.
+
+Ren et al., arXiv 2406.07522, section 2. Activations are `(B, L, d)` from end to end. With labels the loss
+comes from a fused linear cross-entropy, so no `(tokens, vocabulary)` logits exist unless they are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from fastlm import ops
+from fastlm.layers import Mamba, RMSNorm, RotaryTable, SlidingWindowAttention, SwiGLU
+from fastlm.layers.rms_norm import at_least_float32, compute_dtype
+from fastlm.models.samba.cache import LayerCache, SambaCache
+from fastlm.models.samba.checkpoint import load_pretrained, save_pretrained
+from fastlm.models.samba.config import SambaConfig
+from fastlm.models.samba.generation import GenerationMixin
+from fastlm.models.samba.passes import Pass, plan_pass
+
+
+@dataclass
+class SambaOutput:
+    """What `SambaForCausalLM.forward` returns.
+
+    Attributes:
+        loss: float32 scalar, mean over labelled tokens, if labels were given.
+        logits: `(B, kept, V)`, if kept.
+        cache: the cache that was passed in, now further on.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: SambaCache | None = None
+
+
+class SambaBlock(nn.Module):
+    """Mixers and feed-forward layer of one block, each behind its norm and added to the residual stream."""
+
+    def __init__(
+        self, config: SambaConfig, kind: str, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        like = {"device": device, "dtype": dtype}
+        self.mamba: Mamba | None = None
+        self.attn: SlidingWindowAttention | None = None
+        if "mamba" in kind:
+            self.mamba_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **like)
+            self.mamba = Mamba(
+                config.hidden_size,
+                config.state_size,
+                config.conv_kernel,
+                config.expand,
+                config.time_step_rank or "auto",
+                dt_min=config.time_step_min,
+                dt_max=config.time_step_max,
+                dt_init_floor=config.time_step_floor,
+                **like,
+            )
+        if "sliding_attention" in kind:
+            self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **like)
+            self.attn = SlidingWindowAttention(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                head_dim=config.head_dim,
+                sliding_window=config.sliding_window,
+                rope_theta=config.rope_theta if config.use_rope else None,
+                **like,
+            )
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **like)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, **like)
+
+    def forward(self, x: Tensor, step: Pass, cache: LayerCache | None = None) -> Tensor:
+        """Residual stream `x (B, L, d)` in, residual stream out; `cache` is written in place."""
+        if self.mamba is not None:
+            x = x + self._mamba(self.mamba, self.mamba_norm(x), step, cache)
+        if self.attn is not None:
+            x = x + self._attend(self.attn, self.attn_norm(x), step, cache)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+    @staticmethod
+    def _mamba(mamba: Mamba, h: Tensor, step: Pass, cache: LayerCache | None) -> Tensor:
+        state = None if cache is None else cache.mamba
+        if state is None:
+            out: Tensor = mamba(h, cu_seqlens=step.cu_seqlens)
+            return out
+        if step.step_positions is not None:
+            return mamba.step(h, state)
+        out, new = mamba(h, state, cu_seqlens=step.cu_seqlens, return_state=True)
+        with torch.no_grad():
+            state.conv.copy_(new.conv)
+            state.scan.copy_(new.scan)
+        return out
+
+    @staticmethod
+    def _attend(attn: SlidingWindowAttention, h: Tensor, step: Pass, cache: LayerCache | None) -> Tensor:
+        ring = None if cache is None else cache.attention
+        if ring is not None and step.step_positions is not None:
+            return attn.step(h, ring, step.step_positions, rotary=step.rotary)
+        out: Tensor = attn(
+            h,
+            ring,
+            step.ring_plan,
+            rotary=step.rotary,
+            cu_seqlens=step.cu_seqlens,
+            max_seqlen=step.max_seqlen,
+        )
+        return out
+
+
+class SambaModel(nn.Module):
+    """Embedding, blocks and final norm: token ids in, hidden states out."""
+
+    def __init__(self, config: SambaConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            SambaBlock(config, kind, device=device, dtype=dtype) for kind in config.layer_types
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+        self.rotary: RotaryTable | None = None  # one table for all blocks
+        if config.use_rope and any("sliding_attention" in kind for kind in config.layer_types):
+            self.rotary = RotaryTable(config.head_dim or 2, config.rope_theta)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: SambaCache | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, `(B, L, d)`; arguments as in `SambaForCausalLM.forward`."""
+        x = at_least_float32(self.embed_tokens(input_ids))
+        step = plan_pass(x, self.rotary, cache, cu_seqlens, max_seqlen)
+        remember = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        for i, block in enumerate(self.layers):
+            if remember:
+                x = checkpoint(block, x, step, use_reentrant=False)
+            else:
+                x = block(x, step, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.advance(step.seqlens)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+
+class SambaForCausalLM(GenerationMixin, nn.Module):
+    """Samba with an output projection, for training and generation.
+
+    Args:
+        config: sizes; `SambaConfig.from_preset("Samba_421M")` and others are published ones.
+        device, dtype: of the parameters. Mixed precision is autocast over float32 parameters; with
+            half-precision parameters the residual stream, norms and scan states are float32 all the same.
+
+    Source: Ren et al., arXiv 2406.07522; initialisation of the public code: residual projections are divided
+    by the square root of the number of residual branches.
+
+    Example:
+        >>> import torch
+        >>> model = SambaForCausalLM(SambaConfig.from_preset("tiny"))
+        >>> ids = torch.randint(96, (2, 12))
+        >>> model(ids, labels=ids).loss.shape
+        torch.Size([])
+        >>> model.generate(ids, max_new_tokens=3).shape
+        torch.Size([2, 15])
+    """
+
+    def __init__(self, config: SambaConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = SambaModel(config, device=device, dtype=dtype)
+        self.lm_head: nn.Linear | None = (
+            None  # tied: the embedding is the projection, and there is no second name for it
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(
+                config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype
+            )
+        self._scale_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, for instance after `to_empty`."""
+        for module in self.modules():
+            if isinstance(module, (Mamba, RMSNorm, SlidingWindowAttention, SwiGLU)):
+                module.reset_parameters()
+        if self.lm_head is not None:
+            self.lm_head.reset_parameters()
+        self._scale_parameters()
+
+    @torch.no_grad()
+    def _scale_parameters(self) -> None:
+        """Beyond the layers' own: a narrow embedding, and residual projections that shrink with depth."""
+        nn.init.normal_(self.model.embed_tokens.weight, std=self.config.initializer_range)
+        scale = 1.0 / math.sqrt(self.config.num_residual_branches)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("mamba.out_proj.weight", "attn.o_proj.weight", "mlp.w3.weight")):
+                parameter.mul_(scale)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """`(V, d)` weight of the output projection."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.model.gradient_checkpointing = enabled
+
+    def num_parameters(self) -> int:
+        """Parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def new_cache(
+        self, batch_size: int, *, step_tokens: int = 1, dtype: torch.dtype | None = None, **options: Any
+    ) -> SambaCache:
+        """An empty cache on the model's device, in the dtype it computes in; see `SambaCache.empty`."""
+        weight = self.model.embed_tokens.weight
+        options = {"device": weight.device, "state_dtype": at_least_float32(weight[:0]).dtype, **options}
+        dtype = dtype or compute_dtype(weight, weight)
+        return SambaCache.empty(self.config, batch_size, step_tokens=step_tokens, dtype=dtype, **options)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        cache: SambaCache | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool | None = None,
+    ) -> SambaOutput:
+        """Run the model over new tokens.
+
+        Args:
+            input_ids: `(B, L)` token ids; with `cu_seqlens`, `(1, T)`.
+            labels: shape of `input_ids`; position `t` is compared with label `t + 1`, -100 is left out.
+                Between packed sequences nothing is predicted.
+            cache: state of earlier tokens, one row per sequence; advanced in place. `L > 1` continues by many
+                tokens (a prefill chunk), `L = 1` is a decode step; both equal one pass over everything. For
+                inference: gradients do not reach back through the cache.
+            cu_seqlens: `(S+1,)` int32, bounds of packed sequences, which then do not see each other.
+            max_seqlen: longest packed sequence in tokens, if known.
+            logits_to_keep: number of last positions to compute logits for, 0 for all; or a 1-D index of
+                positions.
+            return_logits: default: only without labels.
+
+        Returns:
+            `SambaOutput(loss, logits, cache)`.
+
+        Raises:
+            ValueError: the rows of `input_ids`, `cu_seqlens` and `cache` do not fit, or labels have another
+                shape.
+            IndexError: a token id is outside the vocabulary.
+        """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"SambaForCausalLM: labels must have the shape of input_ids, {tuple(input_ids.shape)}, "
+                f"got {tuple(labels.shape)}"
+            )
+        hidden = self.model(input_ids, cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        loss = None if labels is None else self.loss(hidden, labels, cu_seqlens=cu_seqlens)
+        logits = None
+        if return_logits or (return_logits is None and labels is None):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.logits(hidden[:, kept])
+        return SambaOutput(loss=loss, logits=logits, cache=cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `(..., V)` of hidden states `(..., d)` after the final norm."""
+        return functional.linear(hidden, self.output_weight)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """Next-token cross-entropy of hidden states `(B, L, d)` against `labels (B, L)`, see `forward`."""
+        targets = torch.full_like(labels, -100)
+        targets[:, :-1] = labels[:, 1:]
+        if cu_seqlens is not None:
+            targets[
+                :, cu_seqlens[1:].long() - 1
+            ] = -100  # the last token of a sequence does not predict the next one's first
+        weight = self.output_weight.to(hidden.dtype)
+        return ops.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction=reduction)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, see `fastlm.models.samba.checkpoint`."""
+        save_pretrained(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> SambaForCausalLM:
+        """Read a model that `save_pretrained` wrote, see `fastlm.models.samba.checkpoint`."""
+        return load_pretrained(cls, directory, device=device, dtype=dtype)
