@@ -105,8 +105,7 @@ def linear_cross_entropy(
 
     Returns:
         loss: float32 (float64 for float64); a scalar, or shape `(T,)` with `reduction="none"`. Where no token
-            counts, the mean is 0
-        and so are its gradients.
+        counts, the mean is 0 and so are its gradients.
 
     Raises:
         ValueError: unknown reduction.
