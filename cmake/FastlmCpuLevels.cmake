@@ -25,16 +25,18 @@ foreach(level avx2 avx512 avx512_bf16)
 endforeach()
 message(STATUS "fastlm: CPU levels ${FASTLM_BUILT_LEVELS}")
 
-function(fastlm_add_cpu_level level)
+# The object library `<prefix>_<level>` of the sources in ARGN.
+function(fastlm_add_cpu_level prefix level)
+  set(target ${prefix}_${level})
   set(name ${level})
   if(level STREQUAL "default")
     set(name default_) # `default` is a C++ keyword
   endif()
-  add_library(fastlm_cpu_${level} OBJECT ${ARGN})
-  target_link_libraries(fastlm_cpu_${level} PRIVATE fastlm_settings)
-  target_compile_definitions(fastlm_cpu_${level} PRIVATE FASTLM_CPU_LEVEL=${name})
+  add_library(${target} OBJECT ${ARGN})
+  target_link_libraries(${target} PRIVATE fastlm_settings)
+  target_compile_definitions(${target} PRIVATE FASTLM_CPU_LEVEL=${name})
   # -ffp-contract=off: a multiply-add is fused where the code says fma() and nowhere else, so results do not depend on how
   # the compiler happened to arrange a loop.
-  target_compile_options(fastlm_cpu_${level} PRIVATE
+  target_compile_options(${target} PRIVATE
     -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti ${fastlm_flags_${level}})
 endfunction()

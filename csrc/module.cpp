@@ -1,10 +1,12 @@
-// The Python module `fastlm._C`: facts about the build and the CPU level. It never touches a tensor.
+// The Python module `fastlm._C`: facts about the build, the CPU level and the measured limits of the CPU. It never touches a
+// tensor.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "build_info.h"
+#include "ceilings/measure.h"
 #include "core/cpu_capability.h"
 
 namespace py = pybind11;
@@ -51,6 +53,18 @@ py::dict build_info() {
   return info;
 }
 
+py::dict measure_ceiling(const std::string& name, double seconds, int threads) {
+  fastlm::ceilings::Rate rate{};
+  {
+    py::gil_scoped_release released;
+    rate = fastlm::ceilings::measure(name, seconds, threads);
+  }
+  py::dict answer;
+  answer["per_cpu_second"] = rate.per_cpu_second;
+  answer["per_wall_second"] = rate.per_wall_second;
+  return answer;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -69,4 +83,10 @@ PYBIND11_MODULE(_C, m) {
     }
     return names;
   });
+  m.def("ceiling_names", [] {
+    py::list names;
+    for (const std::string& name : fastlm::ceilings::names()) names.append(name);
+    return names;
+  });
+  m.def("measure_ceiling", &measure_ceiling, py::arg("name"), py::arg("seconds") = 0.1, py::arg("threads") = 1);
 }
