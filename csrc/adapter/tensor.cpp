@@ -63,6 +63,10 @@ bool is_floating(ScalarType dtype) {
          dtype == ScalarType::Double;
 }
 
+ScalarType accumulation_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 DType param_dtype(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::BFloat16:

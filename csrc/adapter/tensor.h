@@ -31,6 +31,9 @@ std::string shape_string(const std::vector<int64_t>& shape);
 bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape);
 bool is_floating(ScalarType dtype);
 
+// float64 for float64, else float32.
+ScalarType accumulation_dtype(ScalarType dtype);
+
 // Run-time dtype of a parameter pointer; only for floating tensors.
 DType param_dtype(const Tensor& t);
 

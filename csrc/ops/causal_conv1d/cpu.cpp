@@ -7,6 +7,7 @@
 #include "adapter/tensor.h"
 #include "ops/causal_conv1d/checks.h"
 #include "ops/causal_conv1d/cpu/kernels.h"
+#include "ops/causal_conv1d/fill.h"
 
 namespace fastlm::causal_conv1d {
 namespace {
@@ -14,46 +15,6 @@ namespace {
 using Activation = std::optional<std::string>;
 
 int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work_per_item)); }
-
-// `t` in the layout of `like`: unit stride over the same dimension.
-Tensor match_layout(const Tensor& t, const Tensor& like) {
-  if (!is_channel_last(like)) return t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-  if (t.stride(1) == 1) return t;
-  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(t, 1, 2)), 1, 2);
-}
-
-// Channel-first kernels run along L, so its stride must be 1 there; a tensor that is neither is copied once.
-Tensor usable(const Tensor& x) { return is_channel_last(x) || x.stride(2) == 1 ? x : torch::stable::contiguous(x); }
-
-void fill_input(Params& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                const OptionalTensor& initial_states, bool silu, const std::vector<Segment>& segments) {
-  p.batch = x.size(0);
-  p.dim = x.size(1);
-  p.seqlen = x.size(2);
-  p.width = weight.size(1);
-  p.silu = silu;
-  p.x = x.data_ptr();
-  p.x_batch_stride = x.stride(0);
-  p.x_dim_stride = x.stride(1);
-  p.x_seq_stride = x.stride(2);
-  p.weight = weight.data_ptr();
-  p.weight_dtype = param_dtype(weight);
-  p.weight_dim_stride = weight.stride(0);
-  p.weight_width_stride = weight.stride(1);
-  if (bias.has_value()) {
-    p.bias = bias->data_ptr();
-    p.bias_dtype = param_dtype(*bias);
-    p.bias_stride = bias->stride(0);
-  }
-  if (initial_states.has_value()) {
-    p.initial_states = initial_states->data_ptr();
-    p.initial_batch_stride = initial_states->stride(0);
-    p.initial_dim_stride = initial_states->stride(1);
-    p.initial_width_stride = initial_states->stride(2);
-  }
-  p.segments = segments.data();
-  p.num_segments = static_cast<int64_t>(segments.size());
-}
 
 // First tile of every segment, and the total at the end.
 std::vector<int64_t> number_tiles(const std::vector<Segment>& segments) {
@@ -81,12 +42,10 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
   const Tensor input = usable(x);
 
   Params p{};
-  fill_input(p, input, weight, bias, initial_states, silu, segments);
-  p.out = out.data_ptr();
-  p.out_batch_stride = out.stride(0);
-  p.out_dim_stride = out.stride(1);
-  p.out_seq_stride = out.stride(2);
-  p.final_states = final_states.data_ptr();
+  fill_input(p, input, weight, bias, initial_states, silu);
+  fill_output(p, out, final_states);
+  p.segments = segments.data();
+  p.num_segments = static_cast<int64_t>(segments.size());
 
   const auto& kernels = FASTLM_CPU_KERNELS(causal_conv1d_forward);
   const int k = kernel_index(dtype);
@@ -113,11 +72,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   const bool silu = check_forward(op, x, weight, bias, seq_idx, initial_states, activation, cu_seqlens);
   check_backward(dout, dfinal_states, x, weight, cu_seqlens);
   const ScalarType dtype = x.scalar_type();
-  const ScalarType acc = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType acc = accumulation_dtype(dtype);
   const auto segments = make_segments(op, x, weight.size(1), seq_idx, cu_seqlens, initial_states.has_value());
   const Tensor input = usable(x);
   const Tensor grad = match_layout(dout, input);
-  const Tensor dx = empty_like_layout(x, dtype);
+  const Tensor dx = empty_like_layout(input, dtype);
   const Tensor dinitial = initial_states.has_value()
                               ? empty({initial_states->size(0), x.size(1), weight.size(1) - 1}, dtype, x)
                               : no_tensor(dtype, x);
@@ -125,23 +84,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   const auto tiles = number_tiles(segments);
 
   BackwardParams p{};
-  fill_input(p, input, weight, bias, initial_states, silu, segments);
+  fill_input(p, input, weight, bias, initial_states, silu);
+  const Tensor dfinal = fill_gradients(p, grad, dfinal_states, dx, initial_states.has_value() ? &dinitial : nullptr);
+  p.segments = segments.data();
+  p.num_segments = static_cast<int64_t>(segments.size());
   const int64_t pieces = rows ? tiles.back() : p.num_segments;
   const Tensor partial = empty({pieces, p.width + 1, p.dim}, acc, x);
-  p.dout = grad.data_ptr();
-  p.dout_batch_stride = grad.stride(0);
-  p.dout_dim_stride = grad.stride(1);
-  p.dout_seq_stride = grad.stride(2);
-  p.dx = dx.data_ptr();
-  p.dx_batch_stride = dx.stride(0);
-  p.dx_dim_stride = dx.stride(1);
-  p.dx_seq_stride = dx.stride(2);
-  Tensor dfinal = no_tensor(dtype, x);
-  if (dfinal_states.has_value()) {
-    dfinal = torch::stable::contiguous(*dfinal_states);
-    p.dfinal_states = dfinal.data_ptr();
-  }
-  if (initial_states.has_value()) p.dinitial_states = dinitial.data_ptr();
   p.partial = partial.data_ptr();
 
   const auto& kernels = FASTLM_CPU_KERNELS(causal_conv1d_backward);
@@ -200,44 +148,15 @@ Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, A
       taken[static_cast<size_t>(slots[i])] = true;
     }
   }
-  const bool one = x.dim() == 2;
-  const int64_t tokens = one ? 1 : x.size(2);
-  const Tensor out = one ? empty({x.size(0), x.size(1)}, x.scalar_type(), x) : empty_like_layout(x, x.scalar_type());
-
+  const Tensor out = x.dim() == 2 ? empty({x.size(0), x.size(1)}, x.scalar_type(), x) : empty_like_layout(x, x.scalar_type());
   UpdateParams p{};
-  p.batch = x.size(0);
-  p.dim = x.size(1);
-  p.num_tokens = tokens;
-  p.width = weight.size(1);
-  p.state_len = conv_state.size(2);
-  p.silu = silu;
-  p.x = x.data_ptr();
-  p.x_batch_stride = x.stride(0);
-  p.x_dim_stride = x.stride(1);
-  p.x_seq_stride = one ? 0 : x.stride(2);
-  p.out = out.data_ptr();
-  p.out_batch_stride = out.stride(0);
-  p.out_dim_stride = out.stride(1);
-  p.out_seq_stride = one ? 0 : out.stride(2);
-  p.conv_state = conv_state.data_ptr();
-  p.state_batch_stride = conv_state.stride(0);
-  p.state_dim_stride = conv_state.stride(1);
-  p.state_len_stride = conv_state.stride(2);
-  p.weight = weight.data_ptr();
-  p.weight_dtype = param_dtype(weight);
-  p.weight_dim_stride = weight.stride(0);
-  p.weight_width_stride = weight.stride(1);
-  if (bias.has_value()) {
-    p.bias = bias->data_ptr();
-    p.bias_dtype = param_dtype(*bias);
-    p.bias_stride = bias->stride(0);
-  }
+  fill_update(p, x, conv_state, weight, bias, out, silu);
   p.cache_seqlens = cache_seqlens.has_value() ? lengths.data() : nullptr;
   p.conv_state_indices = conv_state_indices.has_value() ? slots.data() : nullptr;
 
   const auto& kernels = FASTLM_CPU_KERNELS(causal_conv1d_update);
   const int k = kernel_index(x.scalar_type());
-  parallel_for(p.batch * p.dim, grain(8 * tokens),
+  parallel_for(p.batch * p.dim, grain(8 * p.num_tokens),
                [&](int64_t begin, int64_t end) { kernels.update[k](p, begin, end); });
   return out;
 }

@@ -19,6 +19,16 @@ struct Segment {
   int64_t padding;       // 1: seq_idx is negative, the output is 0
 };
 
+// Where segments come from on a device, whose values the host does not know. The kernels clamp what they read, so that wrong values
+// give wrong numbers but never an access out of bounds.
+struct DeviceSegments {
+  const void* cu_seqlens;  // (S+1,) contiguous or null
+  const void* seq_idx;     // (B, L) or null
+  int64_t num_sequences;   // S
+  int64_t seq_idx_batch_stride, seq_idx_seq_stride;
+  bool cu_seqlens_64, seq_idx_64;  // int64 instead of int32
+};
+
 struct Params {
   int64_t batch, dim, seqlen, width;
   bool silu;
@@ -39,8 +49,9 @@ struct Params {
   int64_t initial_batch_stride, initial_dim_stride, initial_width_stride;
   void* final_states;  // (S, D, W-1), T, contiguous
 
-  const Segment* segments;
+  const Segment* segments;  // CPU
   int64_t num_segments;
+  DeviceSegments device;    // CUDA
 };
 
 struct BackwardParams : Params {  // `out` and `final_states` are unused here
@@ -74,6 +85,7 @@ struct UpdateParams {
 
   const int64_t* cache_seqlens;       // (B,) or null: shift instead of ring
   const int64_t* conv_state_indices;  // (B,) or null; negative: padding row
+  int64_t num_slots;                  // rows of conv_state
 };
 
 }  // namespace fastlm::causal_conv1d

@@ -1,0 +1,19 @@
+// What the CUDA twins need from torch: the device of a tensor made current, its stream, and launch results as exceptions.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "adapter/tensor.h"
+
+namespace fastlm {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// torch's current stream on the device of `t`.
+cudaStream_t current_stream(const Tensor& t);
+
+// std::runtime_error with the operator's name and CUDA's text unless `status` is success.
+void check_launch(const char* op, cudaError_t status);
+
+}  // namespace fastlm
