@@ -59,7 +59,7 @@ if(CutlassHeaders_FOUND)
   target_include_directories(fastlm_cuda_kernels SYSTEM PRIVATE "${CutlassHeaders_INCLUDE_DIR}")
 endif()
 target_compile_options(fastlm_cuda_kernels PRIVATE
-  "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;--expt-extended-lambda;-Xcompiler=-fPIC,-fvisibility=hidden;-Xptxas=-warn-spills>")
+  "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;--expt-extended-lambda;-Xcompiler=-fPIC,-fvisibility=hidden>")
 set_target_properties(fastlm_cuda_kernels PROPERTIES
   CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON POSITION_INDEPENDENT_CODE ON CUDA_RESOLVE_DEVICE_SYMBOLS OFF)
 

@@ -1,0 +1,68 @@
+# Two commands for a fresh clone: `make demo` and `make test`. They need Python 3.10+, a C++20 compiler and make; everything else
+# goes into .venv. A torch that pip would not choose by itself can be named: make demo TORCH="torch==2.13.0 --index-url ...".
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+
+SOURCES := $(shell find csrc cmake third_party -type f 2>/dev/null) CMakeLists.txt pyproject.toml
+
+.PHONY: help demo test lint cuda-check wheel-check sanitize docs clean
+
+help:
+	@echo "make demo         train a Samba model on real text, measure it, generate from it"
+	@echo "make test         build and run every test"
+	@echo "make lint         ruff, mypy, clang-format"
+	@echo "make cuda-check   compile the CUDA operators for sm_80 and sm_90a without linking (needs nvcc)"
+	@echo "make wheel-check  build a wheel in isolation, install it in a fresh environment, run it"
+	@echo "make sanitize     operator tests under the address and undefined-behaviour sanitizers"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: the package itself accepts any torch from 2.11 on.
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	@touch $@
+
+$(VENV)/.tools: pyproject.toml | $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	@touch $@
+
+# An editable install: Python is read from the checkout, the libraries are rebuilt when a C++ source changes.
+$(VENV)/.fastlm: $(SOURCES) $(VENV)/.tools
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.fastlm
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.fastlm
+	$(BIN)/fastlm demo --out runs/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+cuda-check: $(VENV)/.tools
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass
+	$(BIN)/cmake -S . -B build/cuda-check -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTLM_CUDA_COMPILE_ONLY=ON -DFASTLM_PYTHON_MODULE=OFF -DFASTLM_CPU_LEVELS=default
+	$(BIN)/cmake --build build/cuda-check --parallel $(JOBS) --target fastlm_cuda_kernels fastlm_cuda_adapters
+
+wheel-check: $(VENV)/.torch
+	sh tools/wheel_check.sh $(PYTHON) "$(TORCH)"
+
+sanitize: $(VENV)/.dev
+	sh tools/sanitize.sh $(abspath $(BIN))
+
+clean:
+	rm -rf build $(VENV)
