@@ -1,0 +1,70 @@
+"""How a doctor's report looks on a terminal, and the report of an installation that does not even import."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+
+def failed_import_report(error: ImportError) -> dict[str, Any]:
+    """What can be said without fastlm: the reason and the versions around it."""
+    return {
+        "ok": False,
+        "problem": f"import fastlm failed: {' '.join(str(error).split())}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("fastlm", "torch")},
+        },
+        "executable": sys.executable,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Facts, then one row per operator, then the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    facts = Table.grid(padding=(0, 2))
+    versions = ", ".join(f"{name} {value or 'missing'}" for name, value in report["versions"].items())
+    facts.add_row("versions", versions)
+    for name, text in report.get("facts", {}).items():
+        facts.add_row(name, text)
+    console.print(facts)
+    if operators := report.get("operators"):
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for column in ("operator", "CPU", "CUDA", "fake", "autograd", "error fwd", "error bwd", "GB/s", ""):
+            table.add_column(
+                column, justify="right" if column in ("error fwd", "error bwd", "GB/s") else "left"
+            )
+        for row in operators:
+            table.add_row(
+                row["name"],
+                *(_yes(row[key]) for key in ("cpu", "cuda", "fake", "autograd")),
+                _number(row["forward_error"], ".1e"),
+                _number(row["backward_error"], ".1e"),
+                _number(row["gb_per_second"], ".1f"),
+                "[green]ok[/]" if row["ok"] else f"[red]{row['problem']}[/]",
+            )
+        console.print(table)
+    if report["ok"]:
+        console.print("[green]Everything that is built works.[/]")
+    else:
+        console.print(f"[red]{report['problem']}[/]")
+
+
+def _yes(value: bool | None) -> str:
+    return "–" if value is None else ("yes" if value else "no")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
