@@ -1,0 +1,70 @@
+"""Samples of the loss operators: linear_nll and its backward."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from tests.support.layouts import Draw
+from tests.support.samples.sample import Call, Recipe
+
+
+def _nll(
+    tokens: int = 13,
+    vocab: int = 37,
+    hidden_size: int = 10,
+    *,
+    draw: Draw,
+    dtype: torch.dtype = torch.float32,
+    params: torch.dtype | None = None,
+    label_dtype: torch.dtype = torch.int64,
+    layout: str = "contiguous",
+    bias: bool = False,
+    ignored: str = "some",
+    scale: float = 1.0,
+    **options: Any,
+) -> Call:
+    params = params or dtype
+    kwargs = dict(options)
+    ignore_index = kwargs.get("ignore_index", -100)
+    hidden = draw.normal(tokens, hidden_size, dtype=dtype, layout=layout, scale=scale)
+    weight = draw.normal(vocab, hidden_size, dtype=params, layout=layout)
+    labels = draw.integers(0, vocab, (tokens,), label_dtype)
+    if ignored == "some":
+        labels[1::3] = ignore_index
+    elif ignored == "all":
+        labels[:] = ignore_index
+    if bias:
+        kwargs["bias"] = draw.normal(vocab, dtype=params)
+    return Call((hidden, weight, labels), kwargs)
+
+
+_NLL: dict[str, Recipe] = {
+    "plain": partial(_nll, ignored="none"),
+    "some_ignored": _nll,
+    "all_ignored": partial(_nll, ignored="all"),
+    "bias": partial(_nll, bias=True),
+    "entropy": partial(_nll, bias=True, return_entropy=True),
+    "softcap": partial(_nll, softcap=3.0, scale=2.0),
+    "softcap_entropy": partial(_nll, softcap=3.0, bias=True, return_entropy=True),
+    "bfloat16": partial(_nll, dtype=torch.bfloat16),
+    "bfloat16_float32_weights": partial(_nll, dtype=torch.bfloat16, params=torch.float32),
+    "float16": partial(_nll, dtype=torch.float16, bias=True),
+    "float64": partial(_nll, dtype=torch.float64, bias=True, return_entropy=True),
+    "int32_labels": partial(_nll, label_dtype=torch.int32),
+    "other_ignore_index": partial(_nll, ignore_index=-1),
+    "ignore_index_inside": partial(_nll, ignore_index=0),
+    "large_logits": partial(_nll, scale=40.0),
+    "gaps": partial(_nll, layout="gaps"),
+    "no_unit_stride": partial(_nll, layout="no_unit_stride"),
+    "one_token": partial(_nll, 1, ignored="none"),
+    "one_label": partial(_nll, vocab=1, bias=True),
+    "one_feature": partial(_nll, hidden_size=1),
+    "no_tokens": partial(_nll, 0),
+    "past_a_tile": partial(_nll, 67, 301, 33, bias=True),
+    "past_a_tile_bfloat16": partial(_nll, 67, 301, 40, dtype=torch.bfloat16),
+}
+
+RECIPES: dict[str, dict[str, Recipe]] = {"linear_nll": _NLL}
