@@ -74,7 +74,7 @@ def _floor(dtype: torch.dtype) -> float:
     """Relative size of the roundings granted to a value of `dtype`."""
     acc = torch.promote_types(dtype, torch.float32)
     granted = _ROUNDINGS[acc] * torch.finfo(acc).eps
-    return granted if dtype == acc else granted + torch.finfo(dtype).eps
+    return granted if dtype == acc else granted + torch.finfo(dtype).eps / 2
 
 
 def _tiny(dtype: torch.dtype) -> float:
