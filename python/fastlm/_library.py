@@ -47,6 +47,7 @@ def _load_module(folder: Path) -> ModuleType:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             sys.modules["fastlm._C"] = module
+            sys.modules["fastlm"]._C = module  # type: ignore[attr-defined]
             return module
     raise ImportError(f"fastlm: {folder} holds {_LIBRARY} but no module _C for Python {sys.version.split()[0]}")
 

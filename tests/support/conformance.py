@@ -1,4 +1,4 @@
-"""What every operator is held to on each of its samples: reference, gradients, opcheck, compile, levels, threads."""
+"""What every operator is held to: its reference, gradients, opcheck, compile, CPU levels, threads, errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -21,60 +22,89 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
-def assert_matches_reference(
-    sample: Sample, function: Function, reference: Function, device: torch.device | str = "cpu", **options: Any
+def assert_matches_reference(function: Function, reference: Function, call: Call, **options: Any) -> None:
+    """Compares `function` with `reference` under the tolerance rule, the latter in float64 and in the call's
+    own dtype.
+
+    Args:
+        function: of `fastlm.ops`.
+        reference: its namesake of `fastlm.reference`.
+        call: arguments; each evaluation gets copies.
+        options: further keywords for both, such as `return_last_state=True`.
+    """
+    runs = [
+        _run(function, _copy(call), options),
+        _run(reference, call.to(torch.float64), options),
+        _run(reference, _copy(call), options),
+    ]
+    _compare(runs)
+
+
+def assert_gradients_match_reference(
+    function: Function, reference: Function, call: Call, *, seed: int = 0, **options: Any
 ) -> None:
-    """Outputs, and what is written in place, against the reference in float64; the reference in the sample's dtype sets the bar."""
-    runs = []
-    for which, fn in (("actual", function), ("plain", reference), ("exact", reference)):
-        call = sample.build(device)
-        if which == "exact":
-            call = call.to(torch.float64)
-        result = fn(*call.args, **call.kwargs, **options)
-        runs.append(tensors_of(result) + list(call.floating().values()))
-    actual, plain, exact = runs
-    assert len(actual) == len(exact)
-    for i, (got, base, want) in enumerate(zip(actual, plain, exact, strict=True)):
-        if got.is_floating_point():
-            assert_close_to_reference(f"{sample} tensor {i}", got, want.to(torch.float64), base)
-        else:
-            torch.testing.assert_close(got, want.to(got.dtype), rtol=0, atol=0)
+    """Compares gradients of every floating argument, for random gradients of all floating outputs.
+
+    Args:
+        function: of `fastlm.ops`.
+        reference: its namesake of `fastlm.reference`, differentiated by autograd.
+        call: arguments; all floating ones ask for a gradient.
+        seed: of the outputs' gradients.
+        options: further keywords for both.
+    """
+    runs = [
+        _run_backward(function, call.requires_grad(), options, seed),
+        _run_backward(reference, call.to(torch.float64).requires_grad(), options, seed),
+        _run_backward(reference, call.requires_grad(), options, seed),
+    ]
+    _compare(runs)
 
 
-def assert_gradients_match(
-    sample: Sample, function: Function, reference: Function, device: torch.device | str = "cpu", **options: Any
-) -> None:
-    """Gradients of every floating input, for random gradients of every floating output."""
-    upstream: list[Tensor] | None = None
-    gradients = {}
-    for which, fn in (("exact", reference), ("plain", reference), ("actual", function)):
-        call = sample.build(device)
-        call = (call.to(torch.float64) if which == "exact" else call).requires_grad()
-        outputs = [t for t in tensors_of(fn(*call.args, **call.kwargs, **options)) if t.requires_grad]
-        if upstream is None:
-            generator = torch.Generator().manual_seed(1)
-            upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]
-            dtypes = [t.dtype for t in tensors_of(function(*_plain(sample, device).args, **_plain(sample, device).kwargs, **options))]
-            upstream = [u.to(d).to(device) for u, d in zip(upstream, dtypes, strict=False)]
-        inputs = call.floating()
-        found = torch.autograd.grad(
-            outputs,
-            list(inputs.values()),
-            [u.to(t.dtype) for u, t in zip(upstream, outputs, strict=True)],
-            allow_unused=True,
-        )
-        gradients[which] = dict(zip(inputs, found, strict=True))
-    for name, want in gradients["exact"].items():
-        got, base = gradients["actual"][name], gradients["plain"][name]
-        if want is None:
-            assert got is None or not got.any(), f"{sample}: d{name} must be zero or missing"
-            continue
-        assert got is not None, f"{sample}: d{name} is missing"
-        assert_close_to_reference(f"{sample} d{name}", got, want, base)
+def _compare(runs: list[dict[str, Tensor]]) -> None:
+    actual, exact, baseline = runs
+    assert list(actual) == list(exact), f"results must be {list(exact)}, got {list(actual)}"
+    for name, got in actual.items():
+        assert_close_to_reference(name, got, exact[name], baseline[name])
 
 
-def _plain(sample: Sample, device: torch.device | str) -> Call:
-    return sample.build(device)
+def _copy(call: Call) -> Call:
+    """A call whose arguments may be written; those that share memory are only read, and stay."""
+
+    def copy(a: Any) -> Any:
+        if not isinstance(a, Tensor) or (a.numel() > 0 and 0 in a.stride()):
+            return a
+        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device).copy_(a)
+
+    return call.map(copy)
+
+
+def _outputs(result: Any) -> dict[str, Tensor]:
+    tensors = result if isinstance(result, tuple) else (result,)
+    return {f"output {i}": t for i, t in enumerate(tensors)}
+
+
+def _run(function: Function, call: Call, options: dict[str, Any]) -> dict[str, Tensor]:
+    results = _outputs(function(*call.args, **call.kwargs, **options))
+    return results | {f"{name} afterwards": t for name, t in call.floating().items()}
+
+
+def _run_backward(function: Function, call: Call, options: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    outputs = _outputs(function(*call.args, **call.kwargs, **options))
+    differentiable = {name: t for name, t in outputs.items() if t.requires_grad}
+    inputs = call.floating()
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for t in differentiable.values():
+        values = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        # Rounded to bfloat16, the values are the same in every dtype.
+        gradients.append(values.bfloat16().to(t))
+    grads = torch.autograd.grad(
+        list(differentiable.values()), list(inputs.values()), gradients, allow_unused=True
+    )
+    results = {}
+    for (name, t), grad in zip(inputs.items(), grads, strict=True):
+        results[f"gradient of {name}"] = torch.zeros_like(t) if grad is None else grad
+    return results
 
 
 def assert_opcheck(sample: Sample, device: torch.device | str = "cpu", *, with_grad: bool) -> None:
@@ -115,15 +145,13 @@ def num_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_with_gradients(sample: Sample, function: Function, *, with_grad: bool, **options: Any) -> list[Tensor]:
-    """Every tensor a call produces: outputs, written arguments, gradients of their sum."""
-    call = sample.build()
+def run_with_gradients(function: Function, call: Call, *, with_grad: bool, **options: Any) -> list[Tensor]:
+    """Every tensor a call produces: outputs, written arguments, gradients of the outputs' sum of squares."""
     if with_grad:
         call = call.requires_grad()
-    result = tensors_of(function(*call.args, **call.kwargs, **options))
-    produced = [t.detach().clone() for t in result]
-    produced += [t.detach().clone() for t in call.floating().values()]
-    roots = [t for t in result if t.requires_grad and t.numel() > 0]
+    results = tensors_of(function(*call.args, **call.kwargs, **options))
+    produced = [t.detach().clone() for t in results + list(call.floating().values())]
+    roots = [t for t in results if t.requires_grad and t.numel() > 0]
     if with_grad and roots:
         total = torch.stack([torch.where(t.isfinite(), t, 0).double().square().sum() for t in roots]).sum()
         found = torch.autograd.grad(total, list(call.floating().values()), allow_unused=True)
@@ -131,16 +159,18 @@ def run_with_gradients(sample: Sample, function: Function, *, with_grad: bool, *
     return produced
 
 
-def assert_same_for_any_thread_count(sample: Sample, function: Function, *, with_grad: bool, **options: Any) -> None:
+def assert_same_for_any_thread_count(
+    function: Function, make_call: Callable[[], Call], *, with_grad: bool, **options: Any
+) -> None:
     """The same bits with 1, 2 and 3 threads, and twice in a row."""
     runs = []
     for threads in (1, 2, 3, 2):
         with num_threads(threads):
-            runs.append(run_with_gradients(sample, function, with_grad=with_grad, **options))
+            runs.append(run_with_gradients(function, make_call(), with_grad=with_grad, **options))
     for other in runs[1:]:
         for i, (first, again) in enumerate(zip(runs[0], other, strict=True)):
             torch.testing.assert_close(
-                again, first, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"{sample} tensor {i}: {m}"
+                again, first, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"tensor {i}: {m}"
             )
 
 
@@ -157,17 +187,15 @@ def assert_levels_match_reference(
     """Every level this machine can run is held to the reference by itself."""
     for level in other_levels():
         with cpu_level(level):
-            assert_matches_reference(sample, function, reference, **options)
+            assert_matches_reference(function, reference, sample.build(), **options)
             if with_grad:
-                assert_gradients_match(sample, function, reference, **options)
+                assert_gradients_match_reference(function, reference, sample.build(), **options)
 
 
 def assert_same_error(
     function: Function, call: Call, error: type[Exception], text: str, *, on_meta: bool = True
 ) -> None:
-    """The call fails with this exception and text, on real tensors and, unless it depends on values, on meta tensors."""
-    import pytest
-
+    """The call fails with this exception and text; on meta tensors too, unless values are what is wrong."""
     with pytest.raises(error) as caught:
         function(*call.args, **call.kwargs)
     assert text in str(caught.value), str(caught.value)
