@@ -298,13 +298,14 @@ def _split_one(file: TextFile, share: float) -> tuple[list[TextFile], list[TextF
         window = max(0, position - READ_BYTES)
         handle.seek(window)
         before = handle.read(position - window)
-        tail = handle.read(4)
+        tail = handle.read(1)
     newline = before.rfind(b"\n")
     if newline >= 0 and window + newline + 1 > file.size // 2:
         position = window + newline + 1
     else:
-        while tail and (tail[0] & 0xC0) == 0x80:  # never inside a character
-            position, tail = position + 1, tail[1:]
+        around = before + tail
+        while 0 < position < file.size and (around[position - window] & 0xC0) == 0x80:
+            position -= 1  # never inside a character
     if not 0 < position < file.size:
         raise InputError(
             f"--data: expected enough text for a training and a held-out part, found {file.size} bytes in "
