@@ -62,7 +62,7 @@ def test_full_decay_forgets_at_once(inputs):
 
 
 def test_equals_the_closed_form(inputs, draw):
-    """h[t] = sum over s of exp(A * (dt summed over (s, t])) * dt[s] B[s] u[s], decays from differences of sums."""
+    """h[t] = sum over s of exp(A * (dt summed over (s, t])) * dt[s] B[s] u[s]."""
     start = draw.normal(BATCH, DIM, STATE, dtype=F64)
     dt = inputs["delta"].cumsum(-1)
     gap = dt.unsqueeze(-1) - dt.unsqueeze(-2)  # (B, D, t, s)
