@@ -252,9 +252,11 @@ class PlainSamba(nn.Module):
         logits = functional.linear(self.model(input_ids), weight)
         if labels is None:
             return None, logits
-        return functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
-        ), logits
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = functional.cross_entropy(
+            precise[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
+        return loss, logits
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
