@@ -1,0 +1,110 @@
+// The register tile under the matrix products of the CPU kernels: C (rows, cols) (+)= A (rows, depth) * B (depth, cols).
+//
+// B is depth-major: the operands of one depth lie side by side, consecutive depths `b_stride` operands apart (a panel of
+// kTileCols columns, or a matrix whose rows are padded so that they do not fall into the same cache sets). A is read one element
+// at a time: row-major (kRowMajor, rows `a_stride` apart) or column-major (depths `a_stride` apart). Whole tiles only: the caller
+// pads. Every element of C is one chain of multiply-adds in the order of the depth, so its bits do not depend on the tile around
+// it.
+#pragma once
+
+#include "core/simd/operand.h"
+
+namespace fastlm::FASTLM_CPU_LEVEL {
+namespace {
+
+// Accumulators take 12 of 16 registers, or 24 of 32; the rest holds one row of B and one element of A.
+#if defined(FASTLM_SIMD_512)
+constexpr int64_t kTileRows = 12;
+#else
+constexpr int64_t kTileRows = 6;
+#endif
+// Columns of a full tile: two vectors of sums.
+template <class E>
+constexpr int64_t kTileCols = 2 * lanes_of<operand_acc<E>>;
+
+enum class Layout { kRowMajor, kColumnMajor };
+// What C holds before the products are added: nothing (zero), its own values, or those times one factor per row.
+enum class Start { kZero, kAdd, kScale };
+
+template <class E, Layout kLayout, Start kStart, int kVecs>
+FASTLM_INLINE void tile_body(const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth, operand_acc<E>* c,
+                             int64_t c_stride, const operand_acc<E>* row_factor) {
+  using V = vec_t<operand_acc<E>>;
+  constexpr int64_t kLanes = lanes_of<operand_acc<E>>;
+  V sum[kTileRows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) {
+      sum[r][v] = kStart == Start::kZero ? zero<V>() : load(c + r * c_stride + v * kLanes);
+      if (kStart == Start::kScale) sum[r][v] *= broadcast<V>(row_factor[r]);
+    }
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    operand_vec<E> row[kVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) row[v] = load_operands(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      const operand_vec<E> x = broadcast_operand(kLayout == Layout::kRowMajor ? a[r * a_stride] : a[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = multiply_add(x, row[v], sum[r][v]);
+    }
+    a += kLayout == Layout::kRowMajor ? 1 : a_stride;
+    b += b_stride;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
+  }
+}
+
+// One tile of kTileRows rows and kTileCols columns. `depth` counts operands (pairs, for bf16 pairs).
+template <class E, Layout kLayout, Start kStart>
+__attribute__((noinline)) void gemm_tile(const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth,
+                                         operand_acc<E>* c, int64_t c_stride, const operand_acc<E>* row_factor) {
+  tile_body<E, kLayout, kStart, 2>(a, a_stride, b, b_stride, depth, c, c_stride, row_factor);
+}
+
+// Half as many columns.
+template <class E, Layout kLayout, Start kStart>
+__attribute__((noinline)) void gemm_half_tile(const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth,
+                                              operand_acc<E>* c, int64_t c_stride, const operand_acc<E>* row_factor) {
+  tile_body<E, kLayout, kStart, 1>(a, a_stride, b, b_stride, depth, c, c_stride, row_factor);
+}
+
+// One strip of kTileRows rows over `cols` columns; A and C stay, B moves along. Columns are rounded up to whole vectors.
+template <class E, Layout kLayout, Start kStart>
+FASTLM_INLINE void gemm_strip(const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth, operand_acc<E>* c,
+                              int64_t c_stride, int64_t cols, const operand_acc<E>* row_factor = nullptr) {
+  constexpr int64_t kHalf = kTileCols<E> / 2;
+  int64_t n = 0;
+  for (; n + kHalf < cols; n += kTileCols<E>) {
+    gemm_tile<E, kLayout, kStart>(a, a_stride, b + n, b_stride, depth, c + n, c_stride, row_factor);
+  }
+  if (n < cols) gemm_half_tile<E, kLayout, kStart>(a, a_stride, b + n, b_stride, depth, c + n, c_stride, row_factor);
+}
+
+// The same products for one row of C, term by term: depths [begin, end) only, nothing beside them is read as a number. For the
+// few tiles in which a masked operand is not finite, where 0 * operand would not be 0.
+template <class E>
+void gemm_row_exact(const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t begin, int64_t end, operand_acc<E>* c,
+                    int64_t cols) {
+  constexpr int64_t kLanes = lanes_of<operand_acc<E>>;
+  constexpr int64_t kDepth = depth_per_operand<E>;
+  for (int64_t d = begin / kDepth; d < operand_depth<E>(end); ++d) {
+    const auto x = broadcast_operand(a[d * a_stride]);
+    for (int64_t n = 0; n < cols; n += kLanes) {
+      auto row = load_operands(b + d * b_stride + n);
+      if constexpr (kDepth == 2) {  // a pair may reach one depth beyond either end
+        if (d * 2 < begin) row &= broadcast_operand(Bf16Pair{0xffff0000u});
+        if (d * 2 + 1 >= end) row &= broadcast_operand(Bf16Pair{0x0000ffffu});
+      }
+      store(c + n, multiply_add(x, row, load(c + n)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastlm::FASTLM_CPU_LEVEL

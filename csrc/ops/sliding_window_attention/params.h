@@ -1,0 +1,56 @@
+// What the kernels of sliding_window_attention see: plain pointers and strides (in elements). Shared by the CPU and the CUDA
+// twin.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtypes.h"
+
+namespace fastlm::sliding_window_attention {
+
+// Larger heads are refused: it bounds the kernels' working memory.
+constexpr int64_t kMaxHeadDim = 512;
+
+// A tensor (B, L, heads, K) with unit stride over K; packed (T, heads, K) has batch_stride 0.
+struct ConstHeadRows {
+  const void* ptr;
+  int64_t batch_stride, seq_stride, head_stride;
+};
+struct MutableHeadRows {
+  void* ptr;
+  int64_t batch_stride, seq_stride, head_stride;
+};
+
+// Queries and the keys they may see: one row of the batch, or one packed sequence.
+struct Sequence {
+  int64_t batch;
+  int64_t q_begin, q_len;  // positions of the query tensor
+  int64_t k_begin, k_len;  // positions of the key and value tensors
+};
+
+// Query i of a sequence stands at key position i + k_len - q_len and sees `left` keys before it and `right` after it.
+struct Params {
+  int64_t num_heads, num_kv_heads, head_dim;
+  int64_t left, right;  // not negative, at most q_len + k_len: sums of positions and bounds stay far from overflow
+  double softmax_scale;
+  double softcap;  // 0: none
+
+  ConstHeadRows q, k, v;  // (B, Lq, H, K), (B, Lk, Hkv, K), element type T
+  MutableHeadRows out;    // (B, Lq, H, K), T
+  void* lse;              // (B, H, Lq) or (H, T), accumulation type
+  int64_t lse_batch_stride, lse_head_stride;
+
+  const Sequence* sequences;
+};
+
+struct BackwardParams : Params {  // `out` is an input here
+  ConstHeadRows dout;             // (B, Lq, H, K), T
+  const void* dlse;               // like lse (strides below), or null
+  int64_t dlse_batch_stride, dlse_head_stride, dlse_seq_stride;
+  MutableHeadRows dq, dk, dv;  // T
+  // Sum over the keys of dO . O - dlse per query row, and partial dq of each chunk of keys; accumulation type.
+  void* row_delta;
+  void* partial_dq;
+};
+
+}  // namespace fastlm::sliding_window_attention
