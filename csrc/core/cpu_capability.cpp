@@ -93,8 +93,12 @@ bool cpu_level_supported(CpuLevel level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(FASTLM_EMULATED_LEVELS)
+  const bool avx512 = avx2;
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   switch (level) {
     case CpuLevel::kDefault:
       return true;
@@ -103,6 +107,9 @@ bool cpu_level_supported(CpuLevel level) {
     case CpuLevel::kAvx512:
       return avx512;
     case CpuLevel::kAvx512Bf16:
+#if defined(FASTLM_EMULATED_LEVELS)
+      return avx512;
+#endif
       return avx512 && __builtin_cpu_supports("avx512bf16");
   }
   return false;
