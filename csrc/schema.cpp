@@ -51,4 +51,15 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "sliding_window_attention_update(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor cache_seqlens, *, int[2] window_size, float? softmax_scale=None, Tensor? rotary_cos=None, "
       "Tensor? rotary_sin=None) -> Tensor");
+
+  // ---- slm_loss -----------------------------------------------------------------------------------------------------
+  // Per-token negative log-likelihood, log-sum-exp and entropy of a linear head; ignored tokens have 0. No (T, V) buffer.
+  m.def(
+      "linear_nll(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias=None, *, int ignore_index=-100, "
+      "float softcap=0.0, bool return_entropy=False) -> (Tensor nll, Tensor lse, Tensor entropy)");
+  // Logits are recomputed, for the tokens with a gradient only.
+  m.def(
+      "linear_nll_backward(Tensor? dnll, Tensor? dlse, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor labels, "
+      "Tensor? bias, Tensor lse, Tensor entropy, *, int ignore_index, float softcap, bool need_dhidden, bool need_dweight, "
+      "bool need_dbias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)");
 }

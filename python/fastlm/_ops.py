@@ -7,3 +7,5 @@ _fastlm = torch.ops.fastlm
 causal_conv1d = _fastlm.causal_conv1d.default
 causal_conv1d_backward = _fastlm.causal_conv1d_backward.default
 causal_conv1d_update = _fastlm.causal_conv1d_update.default
+linear_nll = _fastlm.linear_nll.default
+linear_nll_backward = _fastlm.linear_nll_backward.default
