@@ -144,6 +144,31 @@ def test_labels_outside_the_vocabulary(head, label):
         linear_cross_entropy(hidden, weight, labels)
 
 
+def test_rows_and_columns_are_tokens_like_any(head):
+    hidden, weight, labels, bias = head
+    flat = linear_nll(hidden[:12], weight, labels[:12], bias)
+    close(linear_nll(hidden[:12].view(3, 4, -1), weight, labels[:12].view(3, 4), bias), flat.view(3, 4))
+    labels[5] = 99
+    with pytest.raises(IndexError, match="got 99 at index 5"):
+        linear_nll(hidden[:12].view(3, 4, -1), weight, labels[:12].view(3, 4))
+
+
+def test_a_word_may_be_left_out(head):
+    """With a bias of -inf a word has probability 0; the others are as if it did not exist."""
+    hidden, weight, labels, bias = head
+    last = VOCAB - 1
+    labels = torch.where(labels == last, 0, labels)
+    without = linear_nll(hidden, weight[:last], labels, bias[:last], return_lse=True, return_entropy=True)
+    bias[last] = -torch.inf
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    results = linear_nll(hidden, weight, labels, bias, return_lse=True, return_entropy=True)
+    for a, b in zip(results, without, strict=True):
+        close(a, b)
+    gradients = torch.autograd.grad(sum(t.sum() for t in results), inputs)
+    assert all(t.isfinite().all() for t in gradients)
+    assert not gradients[1][last].any()
+
+
 def test_large_logits_do_not_overflow(head):
     hidden, weight, labels, _ = head
     nll = linear_nll(1e4 * hidden.float(), weight.float(), labels)

@@ -27,17 +27,17 @@ def linear_nll(
         entropy = lse - sum_v exp(z[v] - lse) * z[v]
 
     Args:
-        hidden: shape `(T, h)`.
+        hidden: shape `(..., h)`.
         weight: shape `(V, h)`.
-        labels: shape `(T,)`, integer, in `[0, V)` or `ignore_index`.
-        bias: shape `(V,)`; default 0.
+        labels: shape `(...)`, integer, in `[0, V)` or `ignore_index`.
+        bias: shape `(V,)`; default 0. `-inf` takes a word out of the vocabulary.
         ignore_index: label of tokens to leave out.
         softcap: bound of the logits; 0: none.
         return_lse: also return the log-sum-exp of each token's logits.
         return_entropy: also return the entropy of each token's prediction, in nats.
 
     Returns:
-        nll: shape `(T,)`, float32 (float64 for float64), in nats. Asked for, after it in this order: lse
+        nll: shape of `labels`, float32 (float64 for float64), in nats. Asked for, after it in this order: lse
         and entropy, same shape and dtype. An ignored token has 0 in each of them and gradient 0.
 
     Raises:
@@ -53,13 +53,13 @@ def linear_nll(
     valid = labels != ignore_index
     outside = valid & ((labels < 0) | (labels >= vocab))
     if bool(outside.any()):
-        at = int(outside.nonzero()[0])
-        found = int(labels[at])
+        at = int(outside.flatten().nonzero()[0])
+        found = int(labels.flatten()[at])
         raise IndexError(
             f"linear_nll: labels must be in [0, {vocab}) or {ignore_index}, got {found} at index {at}"
         )
     # 0 * NaN is NaN in the weight's gradient: rows to leave out are replaced before the product.
-    rows = torch.where(valid.unsqueeze(1), hidden.to(acc), 0.0)
+    rows = torch.where(valid.unsqueeze(-1), hidden.to(acc), 0.0)
     logits = rows @ weight.to(acc).T
     if bias is not None:
         logits = logits + bias.to(acc)
@@ -67,8 +67,10 @@ def linear_nll(
         logits = softcap * torch.tanh(logits / softcap)
     lse = torch.logsumexp(logits, dim=-1)
     label = torch.where(valid, labels, 0).long()
-    picked = torch.where(valid, logits.gather(1, label.unsqueeze(1)).squeeze(1), 0.0)
-    entropy = lse - (torch.exp(logits - lse.unsqueeze(1)) * logits).sum(-1)
+    picked = torch.where(valid, logits.gather(-1, label.unsqueeze(-1)).squeeze(-1), 0.0)
+    # A word of probability 0 counts 0, and not 0 * -inf.
+    finite = torch.where(logits == -torch.inf, 0.0, logits)
+    entropy = lse - (torch.exp(logits - lse.unsqueeze(-1)) * finite).sum(-1)
     nll, lse, entropy = (torch.where(valid, t, 0.0) for t in (lse - picked, lse, entropy))
     extra = (lse,) * return_lse + (entropy,) * return_entropy
     return (nll, *extra) if extra else nll
@@ -93,19 +95,19 @@ def linear_cross_entropy(
     (their number without weights).
 
     Args:
-        hidden: shape `(T, h)`.
+        hidden: shape `(..., h)`.
         weight: shape `(V, h)`.
-        labels: shape `(T,)`, integer, in `[0, V)` or `ignore_index`.
+        labels: shape `(...)`, integer, in `[0, V)` or `ignore_index`.
         bias: shape `(V,)`; default 0.
         ignore_index: label of tokens to leave out.
         reduction: `"mean"`, `"sum"` or `"none"`.
-        token_weight: shape `(T,)`, not negative; default 1.
+        token_weight: shape of `labels`, not negative; default 1.
         softcap: bound of the logits; 0: none.
         z_loss: factor of the squared log-sum-exp.
 
     Returns:
-        loss: float32 (float64 for float64); a scalar, or shape `(T,)` with `reduction="none"`. Where no token
-        counts, the mean is 0 and so are its gradients.
+        loss: float32 (float64 for float64); a scalar, or the shape of `labels` with `reduction="none"`. Where
+        no token counts, the mean is 0 and so are its gradients.
 
     Raises:
         ValueError: unknown reduction.

@@ -1,4 +1,4 @@
-"""Samples of the loss operators: linear_nll and its backward."""
+"""Samples of linear_nll and its backward."""
 
 from __future__ import annotations
 
@@ -12,33 +12,56 @@ from tests.support.samples.sample import Call, Recipe
 
 
 def _nll(
-    tokens: int = 13,
+    tokens: int | tuple[int, ...] = 13,
     vocab: int = 37,
     hidden_size: int = 10,
     *,
     draw: Draw,
     dtype: torch.dtype = torch.float32,
-    params: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None,
     label_dtype: torch.dtype = torch.int64,
     layout: str = "contiguous",
     bias: bool = False,
+    left_out: bool = False,
     ignored: str = "some",
     scale: float = 1.0,
     **options: Any,
 ) -> Call:
-    params = params or dtype
+    rows = (tokens,) if isinstance(tokens, int) else tokens
     kwargs = dict(options)
     ignore_index = kwargs.get("ignore_index", -100)
-    hidden = draw.normal(tokens, hidden_size, dtype=dtype, layout=layout, scale=scale)
-    weight = draw.normal(vocab, hidden_size, dtype=params, layout=layout)
-    labels = draw.integers(0, vocab, (tokens,), label_dtype)
+    hidden = draw.normal(*rows, hidden_size, dtype=dtype, layout=layout, scale=scale)
+    weight = draw.normal(vocab, hidden_size, dtype=dtype, layout=layout)
+    labels = draw.integers(0, vocab, rows, label_dtype)
     if ignored == "some":
-        labels[1::3] = ignore_index
+        labels.view(-1)[1::3] = ignore_index
     elif ignored == "all":
         labels[:] = ignore_index
     if bias:
-        kwargs["bias"] = draw.normal(vocab, dtype=params)
+        kwargs["bias"] = draw.normal(vocab, dtype=bias_dtype or dtype)
+    if left_out:  # a word that cannot come, and that no label names
+        labels[labels == 3] = 4
+        kwargs["bias"][3] = -torch.inf
     return Call((hidden, weight, labels), kwargs)
+
+
+def _backward(*, draw: Draw, forward: Recipe, missing: tuple[str, ...] = ()) -> Call:
+    call = forward(draw=draw)
+    hidden, weight, labels = call.args
+    _, lse, entropy = torch.ops.fastlm.linear_nll(*call.args, **call.kwargs)
+    upstream = {name: draw.normal(*labels.shape, dtype=lse.dtype) for name in ("dnll", "dlse", "dentropy")}
+    if not call.kwargs.get("return_entropy"):
+        missing = (*missing, "dentropy")
+    gradients = [None if name in missing else t for name, t in upstream.items()]
+    bias = call.kwargs.get("bias")
+    options = {
+        "ignore_index": call.kwargs.get("ignore_index", -100),
+        "softcap": call.kwargs.get("softcap", 0.0),
+        "need_dhidden": "dhidden" not in missing,
+        "need_dweight": "dweight" not in missing,
+        "need_dbias": bias is not None and "dbias" not in missing,
+    }
+    return Call((*gradients, hidden, weight, labels, bias, lse, entropy), options)
 
 
 _NLL: dict[str, Recipe] = {
@@ -50,9 +73,11 @@ _NLL: dict[str, Recipe] = {
     "softcap": partial(_nll, softcap=3.0, scale=2.0),
     "softcap_entropy": partial(_nll, softcap=3.0, bias=True, return_entropy=True),
     "bfloat16": partial(_nll, dtype=torch.bfloat16),
-    "bfloat16_float32_weights": partial(_nll, dtype=torch.bfloat16, params=torch.float32),
+    "bfloat16_float32_bias": partial(_nll, dtype=torch.bfloat16, bias=True, bias_dtype=torch.float32),
     "float16": partial(_nll, dtype=torch.float16, bias=True),
     "float64": partial(_nll, dtype=torch.float64, bias=True, return_entropy=True),
+    "word_left_out": partial(_nll, bias=True, left_out=True, return_entropy=True),
+    "rows_and_columns": partial(_nll, (3, 5), bias=True),
     "int32_labels": partial(_nll, label_dtype=torch.int32),
     "other_ignore_index": partial(_nll, ignore_index=-1),
     "ignore_index_inside": partial(_nll, ignore_index=0),
@@ -67,4 +92,13 @@ _NLL: dict[str, Recipe] = {
     "past_a_tile_bfloat16": partial(_nll, 67, 301, 40, dtype=torch.bfloat16),
 }
 
-RECIPES: dict[str, dict[str, Recipe]] = {"linear_nll": _NLL}
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "linear_nll": _NLL,
+    "linear_nll_backward": {
+        **{name: partial(_backward, forward=recipe) for name, recipe in _NLL.items()},
+        "nll_only": partial(_backward, forward=_NLL["entropy"], missing=("dlse", "dentropy")),
+        "hidden_only": partial(_backward, forward=_NLL["entropy"], missing=("dweight", "dbias")),
+        "weight_only": partial(_backward, forward=_NLL["entropy"], missing=("dhidden", "dbias")),
+        "bias_only": partial(_backward, forward=_NLL["entropy"], missing=("dhidden", "dweight")),
+    },
+}
