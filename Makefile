@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 SOURCES := $(shell find csrc cmake third_party -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test lint cuda-check wheel-check sanitize docs clean
+.PHONY: help demo test lint cuda-check wheel-check sanitize emulate clean
 
 help:
 	@echo "make demo         train a Samba model on real text, measure it, generate from it"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make cuda-check   compile the CUDA operators for sm_80 and sm_90a without linking (needs nvcc)"
 	@echo "make wheel-check  build a wheel in isolation, install it in a fresh environment, run it"
+	@echo "make emulate      the AVX-512 levels, emulated, against the reference (needs libsimde-dev)"
 	@echo "make sanitize     operator tests under the address and undefined-behaviour sanitizers"
 
 $(BIN)/python:
@@ -63,6 +64,9 @@ wheel-check: $(VENV)/.torch
 
 sanitize: $(VENV)/.dev
 	sh tools/sanitize.sh $(abspath $(BIN))
+
+emulate: $(VENV)/.dev
+	sh tools/emulate.sh $(abspath $(BIN))
 
 clean:
 	rm -rf build $(VENV)
