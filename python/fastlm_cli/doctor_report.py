@@ -31,20 +31,22 @@ def _version(package: str) -> str | None:
 def print_report(report: dict[str, Any]) -> None:
     """Facts, then one row per operator, then the verdict."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
     facts = Table.grid(padding=(0, 2))
     versions = ", ".join(f"{name} {value or 'missing'}" for name, value in report["versions"].items())
-    facts.add_row("versions", versions)
+    facts.add_row("versions", escape(versions))
     for name, text in report.get("facts", {}).items():
-        facts.add_row(name, text)
+        facts.add_row(name, escape(text))
     console.print(facts)
     if operators := report.get("operators"):
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for column in ("operator", "CPU", "CUDA", "fake", "autograd", "error fwd", "error bwd", "GB/s", ""):
+        for column in ("operator", "CPU", "CUDA", "fake", "grad", "error fwd", "error bwd", "GB/s", ""):
+            number = column in ("error fwd", "error bwd", "GB/s")
             table.add_column(
-                column, justify="right" if column in ("error fwd", "error bwd", "GB/s") else "left"
+                column, justify="right" if number else "left", no_wrap=column in ("operator", "")
             )
         for row in operators:
             table.add_row(
@@ -53,13 +55,16 @@ def print_report(report: dict[str, Any]) -> None:
                 _number(row["forward_error"], ".1e"),
                 _number(row["backward_error"], ".1e"),
                 _number(row["gb_per_second"], ".1f"),
-                "[green]ok[/]" if row["ok"] else f"[red]{row['problem']}[/]",
+                "[green]ok[/]" if row["ok"] else "[red]failed[/]",
             )
         console.print(table)
+        for row in operators:
+            if not row["ok"]:
+                console.print(f"{row['name']}: {row['problem']}", style="red", markup=False)
     if report["ok"]:
         console.print("[green]Everything that is built works.[/]")
     else:
-        console.print(f"[red]{report['problem']}[/]")
+        console.print(report["problem"], style="red", markup=False)
 
 
 def _yes(value: bool | None) -> str:

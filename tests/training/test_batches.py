@@ -1,4 +1,4 @@
-"""Packed rows: every token once per epoch, states and targets never across documents, order from the seed alone."""
+"""Packed rows: every token once per epoch, nothing across documents, order from the seed alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_damaged_shards_are_a_clear_error(tmp_path: Path, damage: str) -> None:
         shard.write_bytes(shard.read_bytes()[:-20])
     else:
         shard.write_bytes(b"something else")
-    with pytest.raises(RunError, match="token shards: .* are lost or damaged"):
+    with pytest.raises(RunError, match=r"token shards: .* are lost or damaged"):
         TokenStore(tmp_path, "text")
 
 

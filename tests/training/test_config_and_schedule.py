@@ -1,4 +1,4 @@
-"""Settings are checked once with flag, expected and found; the schedule depends on nothing but what is stored."""
+"""Settings are checked once with flag, expected and found; the schedule depends on what is stored alone."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,12 +65,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     fsync_path(path.parent)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name was left half-written by a process that died."""
+    return re.search(re.escape(TEMPORARY_MARK) + r"-\d+$", name) is not None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed process left half-written directly under `folder`."""
     if not folder.is_dir():
         return
     for entry in folder.iterdir():
-        if TEMPORARY_MARK in entry.name:
+        if is_leftover(entry.name):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:

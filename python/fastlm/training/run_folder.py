@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastlm.training.atomic import remove_leftovers
+from fastlm.training.atomic import is_leftover, remove_leftovers
 from fastlm.training.config import TrainConfig, flag_of, make_config, reason
 from fastlm.training.errors import InputError
 from fastlm.training.record import RECORD_NAME, RunRecord, describe_environment, load_record, now
@@ -57,13 +57,14 @@ def create_run(out: Path, config: TrainConfig, *, dtype: str, threads: int) -> t
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        strangers = sorted(entry.name for entry in out.iterdir() if entry.name != LOCK_NAME)
+        strangers = sorted(entry.name for entry in out.iterdir() if not _is_beginning(entry.name))
     except OSError as error:
         raise InputError(f"--out: cannot make folder {out}: {reason(error)}") from error
     if strangers:
         raise InputError(f"--out: expected a new or empty folder, found {', '.join(strangers[:3])} in {out}")
     try:
         lock = RunLock(out)
+        remove_leftovers(out)
         record = RunRecord(
             created=now(),
             config=config,
@@ -75,6 +76,11 @@ def create_run(out: Path, config: TrainConfig, *, dtype: str, threads: int) -> t
     except OSError as error:
         raise InputError(f"--out: cannot write to {out}: {reason(error)}") from error
     return record, lock
+
+
+def _is_beginning(name: str) -> bool:
+    """What a run that was killed before its first record leaves behind."""
+    return name == LOCK_NAME or (name.startswith(RECORD_NAME) and is_leftover(name))
 
 
 def reopen_run(out: Path, given: dict[str, Any]) -> tuple[RunRecord, RunLock]:
