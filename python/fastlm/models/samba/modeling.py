@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -182,14 +182,13 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
         super().__init__()
         self.config = config
         self.model = SambaModel(config, device=device, dtype=dtype)
-        self.lm_head: nn.Linear | None = (
-            None  # tied: the embedding is the projection, and there is no second name for it
-        )
+        # tied: the embedding is the projection, and there is no second name for it
+        self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(
                 config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype
             )
-        self._scale_parameters()
+        scale_initial_values(self, config)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, for instance after `to_empty`."""
@@ -198,16 +197,7 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
                 module.reset_parameters()
         if self.lm_head is not None:
             self.lm_head.reset_parameters()
-        self._scale_parameters()
-
-    @torch.no_grad()
-    def _scale_parameters(self) -> None:
-        """Beyond the layers' own: a narrow embedding, and residual projections that shrink with depth."""
-        nn.init.normal_(self.model.embed_tokens.weight, std=self.config.initializer_range)
-        scale = 1.0 / math.sqrt(self.config.num_residual_branches)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("mamba.out_proj.weight", "attn.o_proj.weight", "mlp.w3.weight")):
-                parameter.mul_(scale)
+        scale_initial_values(self, self.config)
 
     @property
     def output_weight(self) -> Tensor:
@@ -283,15 +273,15 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
         return functional.linear(hidden, self.output_weight)
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None, reduction: str = "mean"
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
         """Next-token cross-entropy of hidden states `(B, L, d)` against `labels (B, L)`, see `forward`."""
-        targets = torch.full_like(labels, -100)
-        targets[:, :-1] = labels[:, 1:]
-        if cu_seqlens is not None:
-            targets[
-                :, cu_seqlens[1:].long() - 1
-            ] = -100  # the last token of a sequence does not predict the next one's first
+        targets = next_tokens(labels, cu_seqlens)
         weight = self.output_weight.to(hidden.dtype)
         return ops.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction=reduction)
 
@@ -305,3 +295,23 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
     ) -> SambaForCausalLM:
         """Read a model that `save_pretrained` wrote, see `fastlm.models.samba.checkpoint`."""
         return load_pretrained(cls, directory, device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def scale_initial_values(model: nn.Module, config: SambaConfig) -> None:
+    """What the layers cannot know: a narrow embedding, and residual projections that shrink with depth."""
+    scale = 1.0 / math.sqrt(config.num_residual_branches)
+    for name, parameter in model.named_parameters():
+        if name.endswith("embed_tokens.weight"):
+            nn.init.normal_(parameter, std=config.initializer_range)
+        elif name.endswith(("mamba.out_proj.weight", "attn.o_proj.weight", "mlp.w3.weight")):
+            parameter.mul_(scale)
+
+
+def next_tokens(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """What each position predicts: `labels (B, L)` shifted left, -100 at the ends of rows and sequences."""
+    targets = torch.full_like(labels, -100)
+    targets[:, :-1] = labels[:, 1:]
+    if cu_seqlens is not None:
+        targets[:, cu_seqlens[1:].long() - 1] = -100
+    return targets
