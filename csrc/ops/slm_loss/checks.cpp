@@ -8,8 +8,8 @@ void check_per_token(const char* op, const char* name, const OptionalTensor& t, 
   if (!t.has_value()) return;
   const auto sizes = labels.sizes();
   check_shape(op, name, *t, {sizes.begin(), sizes.end()});
-  FASTLM_CHECK_VALUE(t->scalar_type() == loss_dtype(hidden), op, ": ", name, " must have dtype ",
-                     dtype_name(loss_dtype(hidden)), ", got ", dtype_name(t->scalar_type()));
+  FASTLM_CHECK_VALUE(t->scalar_type() == loss_dtype(hidden), op, ": ", name, " must have dtype ", dtype_name(loss_dtype(hidden)),
+                     ", got ", dtype_name(t->scalar_type()));
   check_same_device(op, name, *t, "hidden", hidden);
 }
 

@@ -1,5 +1,5 @@
-// slm_loss on CPU: checks -> parameters -> kernels of the CPU level in use. The loops over panels of the vocabulary and groups of rows
-// are here; the pieces of each step are handed to whichever thread is free, which changes no result.
+// slm_loss on CPU: checks -> parameters -> kernels of the CPU level in use. The loops over panels of the vocabulary and groups of
+// rows are here; the pieces of each step are handed to whichever thread is free, which changes no result.
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -253,8 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(OptionalTensor dnll, OptionalTensor 
     p.dhidden = dhidden.data_ptr();
   }
   if (need_dweight) {
-    p.hidden_columns =
-        pairs ? work.bytes(p.group_size / 2 * sizes.padded_hidden * sizes.acc_bytes) : p.hidden_rows;
+    p.hidden_columns = pairs ? work.bytes(p.group_size / 2 * sizes.padded_hidden * sizes.acc_bytes) : p.hidden_rows;
     p.dweight_sum = work.bytes(p.panel_size * sizes.padded_hidden * sizes.acc_bytes);
     p.dweight = dweight.data_ptr();
   }

@@ -1,7 +1,7 @@
-// What the kernels of slm_loss see: plain pointers and strides (in elements). Letters: T tokens, n tokens that count ("rows"), h hidden
-// size, V vocabulary. The work is cut into panels of the vocabulary and groups of rows; a panel of the weight and a group of the hidden
-// states lie packed in scratch memory, so that logits exist for one block at a time. All cuts are fixed: no result depends on the
-// number of threads.
+// What the kernels of slm_loss see: plain pointers and strides (in elements). Letters: T tokens, n tokens that count ("rows"), h
+// hidden size, V vocabulary. The work is cut into panels of the vocabulary and groups of rows; a panel of the weight and a group
+// of the hidden states lie packed in scratch memory, so that logits exist for one block at a time. All cuts are fixed: no result
+// depends on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -58,16 +58,16 @@ struct ForwardParams : Params {
   void* row_weighted;
   void* row_label;
 
-  void* nll;      // (T,) acc
-  void* lse;      // (T,) acc
+  void* nll;          // (T,) acc
+  void* lse;          // (T,) acc
   void* entropy_out;  // (T,) acc or null
 };
 
 struct BackwardParams : Params {
-  const void* dnll;      // (T,) acc or null
-  const void* dlse;      // (T,) acc or null
-  const void* dentropy;  // (T,) acc or null
-  const void* lse;       // (T,) acc
+  const void* dnll;        // (T,) acc or null
+  const void* dlse;        // (T,) acc or null
+  const void* dentropy;    // (T,) acc or null
+  const void* lse;         // (T,) acc
   const void* entropy_in;  // (T,) acc or null
 
   void* dlogits_rows;        // panel x group: rows of A, k = V

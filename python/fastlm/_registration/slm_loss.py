@@ -128,7 +128,8 @@ def _backward(
         dentropy = None  # an output of shape (0,) has nothing to say
     if dnll is None and dlse is None and dentropy is None:
         return None, None, None, None
-    need_dhidden, need_dweight, _, need_dbias = ctx.needs_input_grad[:4]
+    need_dhidden, need_dweight = ctx.needs_input_grad[:2]
+    need_dbias = bias is not None and ctx.needs_input_grad[3]  # an omitted bias is not in the list
     dhidden, dweight, dbias = _ops.linear_nll_backward(
         dnll,
         dlse,

@@ -1,6 +1,7 @@
-// Per-token negative log-likelihood of a linear head: lse = log sum_v exp(z_v), nll = lse - z_label, entropy = lse - sum_v p_v z_v.
-// Each block of logits leaves its maximum m, sum of e^(z-m) and sum of (z-m) e^(z-m) per row; they are merged in the order of the
-// vocabulary. Bound by the product (2 T h V operations); the exponentials run over a block that is still in the second-level cache.
+// Per-token negative log-likelihood of a linear head: lse = log sum_v exp(z_v), nll = lse - z_label, entropy = lse - sum_v p_v
+// z_v. Each block of logits leaves its maximum m, sum of e^(z-m) and sum of (z-m) e^(z-m) per row; they are merged in the order
+// of the vocabulary. Bound by the product (2 T h V operations); the exponentials run over a block that is still in the
+// second-level cache.
 #include "ops/slm_loss/cpu/kernels.h"
 #include "ops/slm_loss/cpu/logits.h"
 
@@ -26,46 +27,46 @@ FASTLM_INLINE A rescale(A from, A to) {
   return exp(broadcast<V>(from - to))[0];
 }
 
-template <class W>
-void row_statistics(const ForwardParams& p, const typename Tile<W>::Acc* z, int64_t row, int64_t columns, int64_t at) {
-  using A = typename Tile<W>::Acc;
-  using V = typename Tile<W>::Sum;
+template <class E>
+void row_statistics(const ForwardParams& p, const operand_acc<E>* z, int64_t row, int64_t columns, int64_t at) {
+  using A = operand_acc<E>;
+  using V = vec_t<operand_acc<E>>;
   V top = broadcast<V>(-static_cast<A>(__builtin_inff()));
-  for (int64_t c = 0; c < columns; c += kLanes<W>) top = max(load(z + block_offset<W>(row, c)), top);  // drops NaN
+  for (int64_t c = 0; c < columns; c += kOperandLanes<E>) top = max(load(z + block_offset<E>(row, c)), top);  // drops NaN
   const A maximum = reduce_max(top);
   const V reference = broadcast<V>(reference_of(maximum));
   V sum = {};
   V weighted = {};
   if (p.entropy) {
-    for (int64_t c = 0; c < columns; c += kLanes<W>) {
-      const V t = shifted(load(z + block_offset<W>(row, c)), reference);
+    for (int64_t c = 0; c < columns; c += kOperandLanes<E>) {
+      const V t = shifted(load(z + block_offset<E>(row, c)), reference);
       const V e = exp_fast(t);
       sum += e;
       weighted = fma(e, t, weighted);
     }
     static_cast<A*>(p.block_weighted)[at] = reduce_add(weighted);
   } else {
-    for (int64_t c = 0; c < columns; c += kLanes<W>) {
-      sum += exp_fast(shifted(load(z + block_offset<W>(row, c)), reference));
+    for (int64_t c = 0; c < columns; c += kOperandLanes<E>) {
+      sum += exp_fast(shifted(load(z + block_offset<E>(row, c)), reference));
     }
   }
   static_cast<A*>(p.block_max)[at] = maximum;
   static_cast<A*>(p.block_sum)[at] = reduce_add(sum);
 }
 
-template <class W>
+template <class E>
 void logits(const ForwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  using A = typename Tile<W>::Acc;
-  constexpr int64_t kN = kColumns<W>;
+  using A = operand_acc<E>;
+  constexpr int64_t kN = kPackedColumns<E>;
   for (int64_t piece = begin; piece < end; ++piece) {
     const Block block = find_block(s, piece);
-    const A* z = block_logits<W>(p, block);
+    const A* z = block_logits<E>(p, block);
     const int64_t columns = ceil_div(block.columns, kN) * kN;
     for (int64_t r = 0; r < block.rows; ++r) {
-      row_statistics<W>(p, z, r, columns, block.column / kColumnBlock * p.group_size + block.row + r);
+      row_statistics<E>(p, z, r, columns, block.column / kColumnBlock * p.group_size + block.row + r);
       const int64_t row = s.row_begin + block.row + r;
       const int64_t label = p.labels[row] - s.vocab_begin - block.column;
-      if (label >= 0 && label < block.columns) static_cast<A*>(p.row_label)[row] = z[block_offset<W>(r, label)];
+      if (label >= 0 && label < block.columns) static_cast<A*>(p.row_label)[row] = z[block_offset<E>(r, label)];
     }
   }
 }
@@ -122,7 +123,7 @@ void finish(const ForwardParams& p, const Step& s, int64_t begin, int64_t end) {
 
 extern const slm_loss::ForwardKernels slm_loss_forward;
 const slm_loss::ForwardKernels slm_loss_forward = {
-    {logits<word_t<float>>, logits<word_t<bfloat16>>, logits<word_t<float16>>, logits<word_t<double>>},
+    {logits<operand_t<float>>, logits<operand_t<bfloat16>>, logits<operand_t<float16>>, logits<operand_t<double>>},
     {merge<float>, merge<float>, merge<float>, merge<double>},
     {finish<float>, finish<float>, finish<float>, finish<double>},
 };

@@ -27,9 +27,9 @@ FASTLM_INLINE Block find_block(const slm_loss::Step& s, int64_t piece) {
 }
 
 // Where element (row, column) of a block lies: (columns / N, kRowBlock, N).
-template <class W>
+template <class E>
 FASTLM_INLINE int64_t block_offset(int64_t row, int64_t column) {
-  constexpr int64_t kN = kColumns<W>;
+  constexpr int64_t kN = kPackedColumns<E>;
   return ((column / kN) * slm_loss::kRowBlock + row) * kN + column % kN;
 }
 
@@ -44,37 +44,37 @@ FASTLM_INLINE V shifted(V z, V reference) {
   return t < -1000 ? V{} - 1000 : t;
 }
 
-// z = hidden . weight + bias, then softcap * tanh(z / softcap). Columns beyond the block's last one are -inf: they have no share in any
-// softmax and gradient 0.
-template <class W>
-typename Tile<W>::Acc* block_logits(const slm_loss::Params& p, const Block& block) {
-  using A = typename Tile<W>::Acc;
-  using V = typename Tile<W>::Sum;
-  constexpr int64_t kN = kColumns<W>;
-  const int64_t words = ceil_div(p.hidden_size, Tile<W>::kGroup);
+// z = hidden . weight + bias, then softcap * tanh(z / softcap). Columns beyond the block's last one are -inf: they have no share
+// in any softmax and gradient 0.
+template <class E>
+operand_acc<E>* block_logits(const slm_loss::Params& p, const Block& block) {
+  using A = operand_acc<E>;
+  using V = vec_t<operand_acc<E>>;
+  constexpr int64_t kN = kPackedColumns<E>;
+  const int64_t words = ceil_div(p.hidden_size, depth_per_operand<E>);
   const int64_t columns = ceil_div(block.columns, kN) * kN;
   A* z = static_cast<A*>(thread_scratch(sizeof(A) * slm_loss::kRowBlock * slm_loss::kColumnBlock));
-  Product<W> product{};
-  product.a = static_cast<const W*>(p.hidden_rows) + block.row * kN;
+  PackedProduct<E> product{};
+  product.a = static_cast<const E*>(p.hidden_rows) + block.row * kN;
   product.a_stride = p.group_size * kN;
-  product.b = static_cast<const W*>(p.weight_columns) + block.column * words;
+  product.b = static_cast<const E*>(p.weight_columns) + block.column * words;
   product.b_panel_stride = words * kN;
   product.c = z;
   product.c_row_stride = kN;
   product.c_panel_stride = slm_loss::kRowBlock * kN;
   product.depth = words;
-  product.rows = ceil_div(block.rows, kTileRows) * kTileRows;
+  product.rows = ceil_div(block.rows, kPackedRows) * kPackedRows;
   product.columns = columns;
-  multiply<W, Layout::kRows>(product);
+  packed_multiply<E, PackedA::kRows>(product);
 
   if (p.bias != nullptr || p.softcap > 0) {
     const A* bias = static_cast<const A*>(p.bias_packed) + block.column;
     const V cap = broadcast<V>(static_cast<A>(p.softcap));
     const V inverse = broadcast<V>(p.softcap > 0 ? static_cast<A>(1 / p.softcap) : A(0));
-    for (int64_t c = 0; c < columns; c += kLanes<W>) {
+    for (int64_t c = 0; c < columns; c += kOperandLanes<E>) {
       const V b = load(bias + c);
       for (int64_t r = 0; r < block.rows; ++r) {
-        A* at = z + block_offset<W>(r, c);
+        A* at = z + block_offset<E>(r, c);
         V v = load(at) + b;
         if (p.softcap > 0) v = cap * tanh(v * inverse);
         store(at, v);
@@ -82,7 +82,7 @@ typename Tile<W>::Acc* block_logits(const slm_loss::Params& p, const Block& bloc
     }
   }
   for (int64_t c = block.columns; c < columns; ++c) {
-    for (int64_t r = 0; r < block.rows; ++r) z[block_offset<W>(r, c)] = -static_cast<A>(__builtin_inff());
+    for (int64_t r = 0; r < block.rows; ++r) z[block_offset<E>(r, c)] = -static_cast<A>(__builtin_inff());
   }
   return z;
 }
