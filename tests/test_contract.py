@@ -19,9 +19,9 @@ from fastlm import ops, reference
 from tests.support import samples
 
 ROOT = Path(__file__).parent.parent
-SCHEMAS = {
+SCHEMAS = {  # in order, which test runners with several processes insist on
     s.name.removeprefix("fastlm::"): s
-    for s in torch._C._jit_get_all_schemas()
+    for s in sorted(torch._C._jit_get_all_schemas(), key=lambda s: s.name)
     if s.name.startswith("fastlm::")
 }
 FORWARD = [name for name in SCHEMAS if not name.endswith("_backward")]
