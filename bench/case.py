@@ -5,10 +5,17 @@ here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "no_grad": torch.no_grad,
+    "grad": nullcontext,
+    "inference": torch.inference_mode,
+}
 
 Inputs = dict[str, Tensor]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -47,6 +54,8 @@ class Contender:
         reference: what it is checked against, if it is shown for orientation and computes something else than
             the case.
         tolerance: of this contender, if another than the case's.
+        cost: amounts of ceilings that a forward pass needs at least; a contender that would take longer than
+            the run's patience on this machine is skipped and says so.
     """
 
     name: str
@@ -57,6 +66,7 @@ class Contender:
     mode: str = "no_grad"
     reference: Build | None = None
     tolerance: float | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

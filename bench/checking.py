@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .case import BOTH, Build, Call, Case, Contender, Inputs, Outputs
+from .case import BOTH, MODES, Build, Call, Case, Contender, Inputs, Outputs
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def check(case: Case, contender: Contender, inputs: Inputs, expected: Expected) 
         UnavailableError: the contender cannot take part.
     """
     own = copies_of(inputs, case.mutated)
-    with torch.no_grad():
+    with MODES[contender.mode]():
         outputs = as_tuple(contender.build(own)())
     errors = compare(_named(outputs, own, case.mutated), expected.outputs)
     if case.gradients and BOTH not in contender.skip_parts:

@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=_positive, metavar="N", help="default: all CPUs this process may use")
     run.add_argument("--compile", action="store_true", help="include torch.compile peers (minutes)")
     run.add_argument(
+        "--patience",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="skip peers whose call would take longer",
+    )
+    run.add_argument(
         "--no-ceilings", action="store_true", help="skip the machine's ceilings (and targets scaled by them)"
     )
     run.add_argument("--no-memory", action="store_true", help="skip the peak memory column")
@@ -135,6 +142,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from . import ceilings, machine, record, timing
+    from .figures import rates_at
     from .report import make_console, show
     from .runner import Settings, run_case
 
@@ -164,7 +172,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.no_ceilings:
             _say("measuring the machine's ceilings")
             data["ceilings"] = ceilings.measure(threads)
-        settings = Settings(plan, threads, arguments.compile, not arguments.no_memory)
+        settings = Settings(
+            plan,
+            threads,
+            compile=arguments.compile,
+            memory=not arguments.no_memory,
+            patience=arguments.patience,
+            rates=rates_at(data["ceilings"], threads),
+        )
         for case in cases:
             data["results"].extend(run_case(case, settings, _say))
             if arguments.json:  # what is measured stays if a later case is stopped

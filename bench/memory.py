@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .case import BOTH, Case, Contender
+from .case import BOTH, MODES, Case, Contender
 from .checking import as_tuple, backward_call, copies_of, leaves_of
 
 _TIMEOUT = 600.0  # seconds
@@ -81,11 +81,11 @@ def prepare(case: Case, part: str, contender: Contender) -> Callable[[], object]
     if part != BOTH:
         call = contender.build(copies_of(inputs, case.mutated))
 
-        def without_gradient() -> object:
-            with torch.no_grad():
+        def in_its_mode() -> object:
+            with MODES[contender.mode]():
                 return call()
 
-        return without_gradient
+        return in_its_mode
     leaves = leaves_of(inputs, case.gradients)
     call = contender.build(leaves)
     with torch.no_grad():

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from . import timing
 from .case import BOTH, Case, Contender, Inputs, UnavailableError
+from .ceilings import floor_seconds
 from .checking import (
     Expected,
     as_tuple,
@@ -37,6 +38,8 @@ class Settings:
     threads: int = 1
     compile: bool = False
     memory: bool = True
+    patience: float = 20.0  # seconds a single call may take by estimate
+    rates: Mapping[str, float] = field(default_factory=dict)  # measured ceilings
 
 
 @dataclass
@@ -56,7 +59,7 @@ def run_case(
 
     Args:
         case: what to measure.
-        settings: how.
+        settings: how, and the ceilings that decide whom to wait for.
         report: called with a line before every longer step.
 
     Returns:
@@ -82,6 +85,11 @@ def _check_all(case: Case, inputs: Inputs, settings: Settings) -> dict[str, Verd
         if contender.compiled and not settings.compile:
             verdicts[contender.name] = Verdict(SKIPPED, "torch.compile takes its time: --compile includes it")
             continue
+        seconds = (3 if case.gradients else 1) * (floor_seconds(contender.cost, settings.rates) or 0.0)
+        if seconds > settings.patience:
+            why = f"would take at least {seconds:.0f} s a call on this machine: --patience includes it"
+            verdicts[contender.name] = Verdict(SKIPPED, why)
+            continue
         try:
             if build not in references:
                 references[build] = compute_expected(case, inputs, build)
@@ -103,7 +111,8 @@ def _check_one(case: Case, contender: Contender, inputs: Inputs, expected: Expec
         return Verdict(FAILED, _one_line(error))
     wrong = {name: error for name, error in errors.items() if not error <= allowed}
     if wrong:
-        text = ", ".join(f"{name} {error:.2g}" for name, error in wrong.items())
+        worst = sorted(wrong.items(), key=lambda item: -item[1])[:3]
+        text = ", ".join(f"{name} {error:.2g}" for name, error in worst)
         return Verdict(WRONG, f"relative error above {allowed:g}: {text}", errors, allowed)
     return Verdict(TIMED, "", errors, allowed)
 

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-import torch
-
-_MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "no_grad": torch.no_grad,
-    "grad": contextlib.nullcontext,
-    "inference": torch.inference_mode,
-}
+from .case import MODES
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Runner:
 
     def warm_up(self, plan: Plan) -> None:
         """Runs a few calls, then decides on repetitions and rounds."""
-        with _MODES[self.mode]():
+        with MODES[self.mode]():
             seconds = math.inf
             for _ in range(3):
                 begin = time.perf_counter()
@@ -67,7 +59,7 @@ class Runner:
 
     def sample(self) -> None:
         """One sample on the wall clock and on the CPU clock of all threads together."""
-        with _MODES[self.mode]():
+        with MODES[self.mode]():
             count = self.calls_per_sample
             call = self.call
             cpu, wall = time.process_time(), time.perf_counter()
