@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fastlm.models.samba import SambaCache, SambaConfig, SambaForCausalLM
+from fastlm.layers import KVRing, apply_rotary
+from fastlm.models.samba import LayerCache, SambaCache, SambaConfig, SambaForCausalLM
 from fastlm.models.samba import cache as cache_module
 
 WINDOW = 8  # of the "tiny" preset
@@ -65,6 +66,24 @@ def test_far_positions_use_a_table_that_moves_along(ids, monkeypatch):
     positions, (cos, _) = cache.step_tables(model.model.rotary, 1, torch.float64)
     assert positions.tolist() == [43 - 32] * 3
     assert cos.shape[0] <= 3 * WINDOW
+
+
+def test_a_million_tokens_later_nothing_has_drifted(ids):
+    """Only distances count: the same cache moved by a million positions gives the same logits."""
+    model, shift = make(), 1_000_000  # a multiple of the ring's slots, so that slots stay the same
+    near = model.new_cache(3)
+    run(model, ids[:, :24], [24], near)
+    turn = model.model.rotary.at(torch.tensor([shift]), dtype=torch.float64)
+    moved = [
+        LayerCache(
+            layer.mamba, layer.attention and KVRing(apply_rotary(layer.attention.k, *turn), layer.attention.v)
+        )
+        for layer in near.clone().layers
+    ]
+    far = SambaCache(moved, [shift + 24] * 3, WINDOW)
+    pieces = [1, 1, 5, 1, 11]
+    assert_close(run(model, ids[:, 24:], pieces, far), run(model, ids[:, 24:], pieces, near))
+    assert far.lengths == (shift + 43,) * 3
 
 
 def test_rows_at_different_positions_decode_together(ids):

@@ -154,9 +154,12 @@ def test_gradient_checkpointing_changes_memory_only(ids):
 
     def run() -> tuple[int, list[torch.Tensor]]:
         kept: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t
-        ):
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(ids, labels=ids).loss
         saved = sum(kept.values())
         model.zero_grad()
