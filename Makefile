@@ -42,7 +42,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.fastlm
 	@touch $@
 
 demo: $(VENV)/.fastlm
-	$(BIN)/fastlm demo --out runs/demo
+	$(BIN)/fastlm demo --out runs/demo --replace
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

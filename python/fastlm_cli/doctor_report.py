@@ -42,19 +42,18 @@ def print_report(report: dict[str, Any]) -> None:
         facts.add_row(name, escape(text))
     console.print(facts)
     if operators := report.get("operators"):
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for column in ("operator", "CPU", "CUDA", "fake", "grad", "error fwd", "error bwd", "GB/s", ""):
-            number = column in ("error fwd", "error bwd", "GB/s")
-            table.add_column(
-                column, justify="right" if number else "left", no_wrap=column in ("operator", "")
-            )
+        table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+        for column in ("operator", "CPU", "CUDA", "fake", "grad", "err fwd", "err bwd", "GB/s", ""):
+            number = column in ("err fwd", "err bwd", "GB/s")
+            number = column in ("err fwd", "err bwd", "GB/s")
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for row in operators:
             table.add_row(
                 row["name"],
                 *(_yes(row[key]) for key in ("cpu", "cuda", "fake", "autograd")),
                 _number(row["forward_error"], ".1e"),
                 _number(row["backward_error"], ".1e"),
-                _number(row["gb_per_second"], ".1f"),
+                _number(row["gb_per_second"], ".2f"),
                 "[green]ok[/]" if row["ok"] else "[red]failed[/]",
             )
         console.print(table)

@@ -27,9 +27,12 @@ app.command("demo")(demo.demo)
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"fastlm {version('fastlm')}")
+        try:
+            print(f"fastlm {version('fastlm')}")
+        except PackageNotFoundError:
+            print("fastlm (run from its sources, not installed)")
         raise typer.Exit
 
 

@@ -18,7 +18,7 @@ NAME = 28  # characters of the longest name, so that the bars of both tables sta
 def print_panel(result: DemoResult, report: Path, console: Console | None = None) -> None:
     """Shows quality, speed, memory, a sample and what was lost."""
     console = console or Console(highlight=False)
-    width = max(8, min(40, console.width - NAME - 41))  # of the longest bar
+    width = max(8, min(40, console.width - NAME - 42))  # of the longest bar
     sample = result.samples[0] if result.samples else None
     parts: list[object] = [_heading("Held-out text, bits per byte (less is better)"), _quality(result, width)]
     rows, length = result.batch
@@ -67,7 +67,7 @@ def _quality(result: DemoResult, width: int) -> Table:
 
 def _speed(result: DemoResult, width: int) -> Table:
     largest = max((peer.tokens_per_second or 0.0 for peer in result.peers), default=0.0) or 1.0
-    table = _grid(width, "tokens/s", "fastlm is", "a step needs")
+    table = _grid(width, "tokens/s", "fastlm is", "memory")
     for index, peer in enumerate(result.peers):
         memory = f"{peer.peak_bytes / 2**20:,.0f} MiB" if peer.peak_bytes else "–"
         rate = peer.tokens_per_second

@@ -98,8 +98,9 @@ def prepare_data(
         corpus = find_corpus(
             config.data, held_out=config.held_out, max_bytes=config.max_bytes, exclude=folder.parent
         )
-        for line in corpus.skipped.sentences():
-            warn(line)
+        if not corpus.is_stdlib:  # nobody chose those files, so nobody needs to hear about them
+            for line in corpus.skipped.sentences():
+                warn(line)
         try:
             with new_folder(folder) as temporary:
                 _write(temporary, corpus, vocab_size, report)

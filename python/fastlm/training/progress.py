@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
@@ -91,43 +94,34 @@ class PlainReporter(QuietReporter):
 
 
 class LiveReporter(QuietReporter):
-    """A bar that stays in place."""
+    """A bar with a line of facts below it, both staying in place."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[facts]}", markup=False),
-            console=self.console,
-            refresh_per_second=5,
-            transient=False,
-            expand=True,
-        )
-        self._task: object = None
+        self._live: Live | None = None
         self._held_out: float | None = None
 
     def stage(self, text: str) -> None:
-        self.console.print(f"[cyan]·[/] {text}", highlight=False)
+        self.console.print(f"· {text}", style="cyan", markup=False, highlight=False)
 
     def step(self, report: StepReport) -> None:
-        if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task("training", total=report.total_steps, facts="")
-        self._progress.update(
-            self._task,  # type: ignore[arg-type]
-            total=report.total_steps,
-            completed=report.step,
-            facts=describe(report, self._held_out),
-        )
+        bar = ProgressBar(total=report.total_steps, completed=report.step, pulse=report.total_steps is None)
+        facts = Text(describe(report, self._held_out), no_wrap=True, overflow="ellipsis")
+        if self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=5)
+            self._live.start()
+        rows = Table.grid(expand=True)
+        rows.add_row(bar)
+        rows.add_row(facts)
+        self._live.update(rows)
 
     def evaluation(self, step: int, bits_per_byte: float) -> None:
         self._held_out = bits_per_byte
 
     def close(self) -> None:
-        if self._task is not None:
-            self._progress.stop()
-            self._task = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def describe(report: StepReport, held_out: float | None) -> str:
@@ -136,11 +130,11 @@ def describe(report: StepReport, held_out: float | None) -> str:
     parts = [
         f"step {report.step}/{total}",
         f"{report.tokens_per_second:,.0f} tokens/s",
-        f"loss {report.loss:.3f}",
-        f"{report.bits_per_byte:.3f} bits/byte",
+        f"loss {report.loss:.2f}",
+        f"{report.bits_per_byte:.2f} bits/byte",
     ]
     if held_out is not None:
-        parts.append(f"held-out {held_out:.3f}")
+        parts.append(f"held-out {held_out:.2f}")
     if report.seconds_left is not None:
         minutes, seconds = divmod(int(report.seconds_left + 0.5), 60)
         parts.append(f"{minutes}:{seconds:02d} left")
