@@ -74,16 +74,53 @@ __attribute__((noinline)) void gemm_half_tile(const E* a, int64_t a_stride, cons
   tile_body<E, kLayout, kStart, 1>(a, a_stride, b, b_stride, depth, c, c_stride, row_factor);
 }
 
-// One strip of kTileRows rows over `cols` columns; A and C stay, B moves along. Columns are rounded up to whole vectors.
+// kTileRows rows of A and of C that are computed with together.
+template <class E>
+struct Strip {
+  const E* a;                        // first element at depth (or panel column) 0
+  operand_acc<E>* c;                 // first row
+  const operand_acc<E>* row_factor;  // Start::kScale only
+  int64_t begin, end;                // what of B counts: depths (gemm_strips), columns (gemm_panels); empty: nothing to do
+};
+
+// C (+)= A B for a few strips whose elements of A stay in the first-level cache; each strip has its own range of depths, counted
+// in operands. Columns are rounded up to whole vectors; B is depth-major.
 template <class E, Layout kLayout, Start kStart>
-FASTLM_INLINE void gemm_strip(const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth, operand_acc<E>* c,
-                              int64_t c_stride, int64_t cols, const operand_acc<E>* row_factor = nullptr) {
-  constexpr int64_t kHalf = kTileCols<E> / 2;
-  int64_t n = 0;
-  for (; n + kHalf < cols; n += kTileCols<E>) {
-    gemm_tile<E, kLayout, kStart>(a, a_stride, b + n, b_stride, depth, c + n, c_stride, row_factor);
+void gemm_strips(const Strip<E>* strips, int64_t num_strips, int64_t a_stride, const E* b, int64_t b_stride, int64_t c_stride,
+                 int64_t cols) {
+  for (int64_t n = 0; n < cols; n += kTileCols<E>) {
+    const bool full = cols - n > kTileCols<E> / 2;
+    for (int64_t i = 0; i < num_strips; ++i) {
+      const Strip<E>& s = strips[i];
+      if (s.begin >= s.end) continue;
+      const E* a = s.a + s.begin * (kLayout == Layout::kRowMajor ? 1 : a_stride);
+      const E* from = b + s.begin * b_stride + n;
+      if (full) {
+        gemm_tile<E, kLayout, kStart>(a, a_stride, from, b_stride, s.end - s.begin, s.c + n, c_stride, s.row_factor);
+      } else {
+        gemm_half_tile<E, kLayout, kStart>(a, a_stride, from, b_stride, s.end - s.begin, s.c + n, c_stride, s.row_factor);
+      }
+    }
   }
-  if (n < cols) gemm_half_tile<E, kLayout, kStart>(a, a_stride, b + n, b_stride, depth, c + n, c_stride, row_factor);
+}
+
+// C = A B for a few strips and a B in panels of kTileCols columns (pack_columns); each strip needs its own range of columns.
+template <class E>
+void gemm_panels(const Strip<E>* strips, int64_t num_strips, int64_t a_stride, const E* panels, int64_t depth, int64_t c_stride) {
+  constexpr int64_t kCols = kTileCols<E>;
+  int64_t begin = INT64_MAX, end = 0;
+  for (int64_t i = 0; i < num_strips; ++i) {
+    if (strips[i].begin >= strips[i].end) continue;
+    begin = min_of(begin, strips[i].begin / kCols * kCols);
+    end = max_of(end, strips[i].end);
+  }
+  for (int64_t n = begin; n < end; n += kCols) {
+    for (int64_t i = 0; i < num_strips; ++i) {
+      const Strip<E>& s = strips[i];
+      if (s.begin >= n + kCols || s.end <= n || s.begin >= s.end) continue;
+      gemm_tile<E, Layout::kRowMajor, Start::kZero>(s.a, a_stride, panels + n * depth, kCols, depth, s.c + n, c_stride, nullptr);
+    }
+  }
 }
 
 // The same products for one row of C, term by term: depths [begin, end) only, nothing beside them is read as a number. For the

@@ -77,11 +77,11 @@ FASTLM_INLINE VecD exp2_fast(VecD x) { return exp(x * 0.6931471805599453094); }
 // 2^x for x <= 0: exp2_fast without the upper bound; -infinity gives exactly 0, as a masked score needs it.
 FASTLM_INLINE VecF exp2_nonpositive(VecF x) {
 #if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
-  x = x < -160.0f ? broadcast<VecF>(-160.0f) : x;
+  x = max(broadcast<VecF>(-160.0f), x);  // this order keeps NaN
   const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return (VecF)_mm512_scalef_ps((__m512)exp2_poly5(x - (VecF)n), n);
 #else
-  x = x < -127.0f ? broadcast<VecF>(-127.0f) : x;
+  x = max(broadcast<VecF>(-127.0f), x);  // this order keeps NaN
   const VecF magic = broadcast<VecF>(12582912.0f + 127.0f);
   const VecF t = x + magic;
   return exp2_poly5(x - (t - magic)) * (VecF)((VecI)t << 23);

@@ -52,9 +52,15 @@ FASTLM_INLINE void store_operands(E* p, operand_vec<E> v) {
 // `n` values become operands 0 .. padded, the rest zero; `padded` is a multiple of the vector length.
 template <class E, class T>
 FASTLM_INLINE void pack_row(const T* from, int64_t n, E* to, int64_t padded, vec_t<T>& probe) {
-  constexpr int64_t kLanes = lanes_of<T>;
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    const operand_vec<E> v = load_source<E>(from + d * depth_per_operand<E>, n - d * depth_per_operand<E>);
+  constexpr int64_t kLanes = lanes_of<T>, kDepth = depth_per_operand<E>;
+  int64_t d = 0;
+  for (; (d + kLanes) * kDepth <= n; d += kLanes) {
+    const operand_vec<E> v = load_source<E>(from + d * kDepth, kLanes * kDepth);
+    probe_value(probe, v);
+    store_operands(to + d, v);
+  }
+  for (; d < padded; d += kLanes) {
+    const operand_vec<E> v = load_source<E>(from + d * kDepth, n - d * kDepth);
     probe_value(probe, v);
     store_operands(to + d, v);
   }
@@ -84,6 +90,29 @@ void pack_depths(const T* from, int64_t row_stride, int64_t begin, int64_t end, 
     }
   } else {
     for (int64_t d = begin; d < end; ++d) pack_row(from + d * row_stride, n, to + d * to_stride, padded, probe);
+  }
+}
+
+// ---- sums that become operands again ---------------------------------------------------------------------------------
+
+// One row of sums as pairs along the row. `n` is a multiple of two vectors.
+FASTLM_INLINE void convert_row(const float* from, Bf16Pair* to, int64_t n) {
+  for (int64_t c = 0; c < n; c += kLanesF) store(reinterpret_cast<bfloat16*>(to) + c, load(from + c));
+}
+
+// 2 * `pairs` rows of sums as pairs of rows.
+FASTLM_INLINE void convert_across(const float* from, int64_t from_stride, Bf16Pair* to, int64_t to_stride, int64_t pairs,
+                                  int64_t n) {
+  for (int64_t d = 0; d < pairs; ++d) {
+    for (int64_t c = 0; c < n; c += kLanesF) {
+      bfloat16 low[kLanesF], high[kLanesF];
+      store(low, load(from + 2 * d * from_stride + c));
+      store(high, load(from + (2 * d + 1) * from_stride + c));
+      VecH a, b;
+      __builtin_memcpy(&a, low, sizeof(a));
+      __builtin_memcpy(&b, high, sizeof(b));
+      store_operands(to + d * to_stride + c, __builtin_convertvector(a, VecI) | (__builtin_convertvector(b, VecI) << 16));
+    }
   }
 }
 

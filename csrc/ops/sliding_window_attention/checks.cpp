@@ -35,8 +35,6 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
   check_same_device(op, name, t, "q", q);
 }
 
-std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
 void check_longest(const char* op, const char* name, std::optional<int64_t> given, const std::vector<int64_t>& bounds) {
   if (!given.has_value()) return;
   int64_t longest = 0;
@@ -45,6 +43,8 @@ void check_longest(const char* op, const char* name, std::optional<int64_t> give
 }
 
 }  // namespace
+
+std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 double scale_or_default(std::optional<double> softmax_scale, int64_t head_dim) {
   return softmax_scale.has_value() ? *softmax_scale : 1.0 / std::sqrt(static_cast<double>(head_dim));

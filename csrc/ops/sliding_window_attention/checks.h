@@ -34,6 +34,7 @@ void check_positions(const std::vector<int64_t>& cache_seqlens, int64_t num_new,
 std::vector<Sequence> make_sequences(const char* op, const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
                                      const OptionalTensor& cu_seqlens_k, const Options& options);
 
+std::vector<int64_t> shape_of(const Tensor& t);
 double scale_or_default(std::optional<double> softmax_scale, int64_t head_dim);
 ScalarType lse_dtype(const Tensor& q);
 // (B, H, Lq), packed (H, T).

@@ -43,14 +43,12 @@ struct Params {
   const Sequence* sequences;
 };
 
-struct BackwardParams : Params {  // `out` is an input here
+struct BackwardParams : Params {  // `out` and `lse` are inputs here
   ConstHeadRows dout;             // (B, Lq, H, K), T
-  const void* dlse;               // like lse (strides below), or null
+  const void* dlse;               // like lse with strides of its own, or null
   int64_t dlse_batch_stride, dlse_head_stride, dlse_seq_stride;
   MutableHeadRows dq, dk, dv;  // T
-  // Sum over the keys of dO . O - dlse per query row, and partial dq of each chunk of keys; accumulation type.
-  void* row_delta;
-  void* partial_dq;
+  void* row_delta;             // like lse: sum over K of dout * out, minus dlse
 };
 
 }  // namespace fastlm::sliding_window_attention

@@ -57,115 +57,96 @@ struct ForwardTile {
   }
 };
 
-// One row of one key block: raw scores in s[from, to) become weights, of which [seen.begin, seen.end) are visible.
+// One strip of one key block: raw scores in columns [span.begin, span.end) become weights; row k sees the keys [own[k]] of them.
 template <class T>
-FASTLM_INLINE void softmax_row(const Scoring& score, acc_t<T>* s, operand_t<T>* weights, Range seen, int64_t from, int64_t to,
-                               acc_t<T>& m, acc_t<T>& l, acc_t<T>& factor) {
+FASTLM_INLINE void softmax_strip(const Scoring& score, acc_t<T>* s, int64_t s_stride, operand_t<T>* weights, int64_t p_stride,
+                                 const Range* own, Range span, acc_t<T>* m, acc_t<T>* l, acc_t<T>* factor) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr int64_t kLanes = lanes_of<T>;
   constexpr A kInf = static_cast<A>(__builtin_inf());
-  if (score.transform) {
-    for (int64_t j = from; j < to; j += kLanes) store(s + j, score.apply(load(s + j)));
-  }
-  for (int64_t j = from; j < seen.begin; ++j) s[j] = -kInf;
-  for (int64_t j = seen.end; j < to; ++j) s[j] = -kInf;
-
-  V top0 = broadcast<V>(-kInf), top1 = top0;
-  for (int64_t j = from; j < to; j += 2 * kLanes) {
-    top0 = max(load(s + j), top0);  // a NaN score leaves the maximum alone and reaches the sum below
-    top1 = max(load(s + j + kLanes), top1);
-  }
-  const A new_m = reduce_max(max(top0, max(top1, broadcast<V>(m))));
-  const A base = new_m == -kInf ? A(0) : new_m;
   const A c = static_cast<A>(score.unit * kLog2eExact);
-  const V shift = broadcast<V>(base), unit = broadcast<V>(c);
-  V sum0 = zero<V>(), sum1 = sum0;
-  for (int64_t j = from; j < to; j += 2 * kLanes) {
-    const V w0 = exp2_nonpositive((load(s + j) - shift) * unit);
-    const V w1 = exp2_nonpositive((load(s + j + kLanes) - shift) * unit);
-    sum0 += w0;
-    sum1 += w1;
-    if constexpr (depth_per_operand<operand_t<T>> == 2) {
-      store(reinterpret_cast<bfloat16*>(weights) + j, w0);
-      store(reinterpret_cast<bfloat16*>(weights) + j + kLanes, w1);
-    } else {
-      store(weights + j, w0);
-      store(weights + j + kLanes, w1);
+  A shift[kTileRows];
+  for (int64_t k = 0; k < kTileRows; ++k) {
+    A* row = s + k * s_stride;
+    if (score.transform) {
+      for (int64_t j = span.begin; j < span.end; j += kLanes) store(row + j, score.apply(load(row + j)));
     }
+    for (int64_t j = span.begin; j < own[k].begin; ++j) row[j] = -kInf;
+    for (int64_t j = own[k].end; j < span.end; ++j) row[j] = -kInf;
+    V top0 = broadcast<V>(m[k]), top1 = top0;
+    for (int64_t j = span.begin; j < span.end; j += 2 * kLanes) {
+      top0 = max(load(row + j), top0);  // a NaN score leaves the maximum alone and reaches the sum below
+      top1 = max(load(row + j + kLanes), top1);
+    }
+    const A top = reduce_max(max(top0, top1));
+    shift[k] = top == -kInf ? A(0) : top;
+    factor[k] = (m[k] - shift[k]) * c;
+    m[k] = top;
   }
-  factor = exp2_nonpositive(broadcast<V>((m - base) * c))[0];
-  l = l * factor + reduce_add(sum0 + sum1);
-  m = new_m;
+  for (int64_t k = 0; k < kTileRows; ++k) factor[k] = exp2_nonpositive(broadcast<V>(factor[k]))[0];
+  for (int64_t k = 0; k < kTileRows; ++k) {
+    const A* row = s + k * s_stride;
+    operand_t<T>* to = weights + k * p_stride;
+    const V base = broadcast<V>(shift[k]), unit = broadcast<V>(c);
+    V sum0 = zero<V>(), sum1 = sum0;
+    for (int64_t j = span.begin; j < span.end; j += 2 * kLanes) {
+      const V w0 = exp2_nonpositive((load(row + j) - base) * unit);
+      const V w1 = exp2_nonpositive((load(row + j + kLanes) - base) * unit);
+      sum0 += w0;
+      sum1 += w1;
+      if constexpr (depth_per_operand<operand_t<T>> == 2) {
+        store(reinterpret_cast<bfloat16*>(to) + j, w0);
+        store(reinterpret_cast<bfloat16*>(to) + j + kLanes, w1);
+      } else {
+        store(to + j, w0);
+        store(to + j + kLanes, w1);
+      }
+    }
+    l[k] = l[k] * factor[k] + reduce_add(sum0 + sum1);
+  }
 }
 
-// kSubRows rows of the block against the keys [keys.begin, keys.end) of one key block, which starts at position `base`.
+// Rows [r0, r0 + kSubRows) of the block against the key block at position `base`.
 template <class T>
 void attend(const ForwardTile<T>& t, const Scoring& score, int64_t r0, int64_t rows, int64_t head_dim, int64_t base,
             bool values_finite) {
   using E = operand_t<T>;
-  constexpr int64_t kDepth = depth_per_operand<E>;
-  constexpr int64_t kStrips = kSubRows / kTileRows;
-  Range seen[kStrips];  // keys that any row of the strip sees
-  int64_t from = kBlockKeys, to = 0;
+  constexpr int64_t kDepth = depth_per_operand<E>, kStrips = kSubRows / kTileRows;
+  Strip<E> product[kStrips];
   const int64_t strips = min_of(kStrips, ceil_div(rows - r0, kTileRows));
   for (int64_t i = 0; i < strips; ++i) {
     const int64_t first = r0 + i * kTileRows, last = min_of(first + kTileRows, rows) - 1;
-    seen[i] = clip({t.visible[first].begin - base, t.visible[last].end - base}, 0, kBlockKeys);
-    if (seen[i].begin == seen[i].end) continue;
-    from = min_of(from, seen[i].begin / kTileCols<E> * kTileCols<E>);
-    to = max_of(to, seen[i].end);
+    const Range seen = clip({t.visible[first].begin - base, t.visible[last].end - base}, 0, kBlockKeys);
+    product[i] = {t.q + first * t.q_stride, t.s + i * kTileRows * t.s_stride, nullptr, seen.begin, seen.end};
   }
-  if (to == 0) return;
-
-  for (int64_t j = from; j < to; j += kTileCols<E>) {
-    for (int64_t i = 0; i < strips; ++i) {
-      if (seen[i].end <= j || seen[i].begin >= j + kTileCols<E>) continue;
-      gemm_tile<E, Layout::kRowMajor, Start::kZero>(t.q + (r0 + i * kTileRows) * t.q_stride, t.q_stride, t.k + j * t.depth,
-                                                    kTileCols<E>, t.depth, t.s + i * kTileRows * t.s_stride + j, t.s_stride,
-                                                    nullptr);
-    }
-  }
+  gemm_panels(product, strips, t.q_stride, t.k, t.depth, t.s_stride);
 
   bool exact[kStrips] = {};
   for (int64_t i = 0; i < strips; ++i) {
-    if (seen[i].begin == seen[i].end) continue;
-    const Range span = {seen[i].begin / kTileCols<E> * kTileCols<E>, round_up(seen[i].end, kTileCols<E>)};
+    const Range seen = {product[i].begin, product[i].end};
+    const int64_t r = r0 + i * kTileRows, row = i * kTileRows;
+    if (seen.begin == seen.end) continue;
+    product[i] = {t.p + row * t.p_stride, t.o + r * t.o_stride, t.factor + r, seen.begin / kDepth, operand_depth<E>(seen.end)};
+    const Range span = {seen.begin / kTileCols<E> * kTileCols<E>, round_up(seen.end, kTileCols<E>)};
+    Range own[kTileRows];
     for (int64_t k = 0; k < kTileRows; ++k) {
-      const int64_t r = r0 + i * kTileRows + k;
-      const Range own = r < rows ? clip({t.visible[r].begin - base, t.visible[r].end - base}, span.begin, span.end)
-                                 : Range{span.begin, span.begin};
-      const int64_t row = i * kTileRows + k;
-      softmax_row<T>(score, t.s + row * t.s_stride, t.p + row * t.p_stride, own, span.begin, span.end, t.m[r], t.l[r],
-                     t.factor[r]);
-      exact[i] |= !values_finite && r < rows &&
-                  (own.begin != seen[i].begin / kDepth * kDepth || own.end != round_up(seen[i].end, kDepth));
+      own[k] = r + k < rows ? clip({t.visible[r + k].begin - base, t.visible[r + k].end - base}, span.begin, span.end)
+                            : Range{span.begin, span.begin};
+      exact[i] |=
+          !values_finite && r + k < rows && (own[k].begin != product[i].begin * kDepth || own[k].end != product[i].end * kDepth);
     }
-  }
-
-  constexpr int64_t kCols = kTileCols<E>, kHalf = kCols / 2;
-  for (int64_t n = 0; n < head_dim; n += kCols) {
-    const bool full = head_dim - n > kHalf;
-    for (int64_t i = 0; i < strips; ++i) {
-      if (seen[i].begin == seen[i].end || exact[i]) continue;
-      const int64_t d = seen[i].begin / kDepth, r = r0 + i * kTileRows;
-      const E* weights = t.p + i * kTileRows * t.p_stride + d;
-      const auto tile =
-          full ? gemm_tile<E, Layout::kRowMajor, Start::kScale> : gemm_half_tile<E, Layout::kRowMajor, Start::kScale>;
-      tile(weights, t.p_stride, t.v + d * t.v_stride + n, t.v_stride, operand_depth<E>(seen[i].end) - d, t.o + r * t.o_stride + n,
-           t.o_stride, t.factor + r);
-    }
-  }
-  for (int64_t i = 0; i < strips; ++i) {
+    softmax_strip<T>(score, t.s + row * t.s_stride, t.s_stride, t.p + row * t.p_stride, t.p_stride, own, span, t.m + r, t.l + r,
+                     t.factor + r);
     if (!exact[i]) continue;
-    for (int64_t k = 0; k < kTileRows && r0 + i * kTileRows + k < rows; ++k) {
-      const int64_t row = i * kTileRows + k, r = r0 + row;
-      const Range own = clip({t.visible[r].begin - base, t.visible[r].end - base}, 0, kBlockKeys);
-      acc_t<T>* o = t.o + r * t.o_stride;
-      for (int64_t n = 0; n < head_dim; n += lanes_of<T>) store(o + n, load(o + n) * broadcast<vec_t<T>>(t.factor[r]));
-      gemm_row_exact(t.p + row * t.p_stride, 1, t.v, t.v_stride, own.begin, own.end, o, head_dim);
+    product[i].end = product[i].begin;  // nothing left for the strip as a whole
+    for (int64_t k = 0; k < min_of(kTileRows, rows - r); ++k) {
+      acc_t<T>* o = t.o + (r + k) * t.o_stride;
+      for (int64_t n = 0; n < head_dim; n += lanes_of<T>) store(o + n, load(o + n) * broadcast<vec_t<T>>(t.factor[r + k]));
+      gemm_row_exact(t.p + (row + k) * t.p_stride, 1, t.v, t.v_stride, own[k].begin, own[k].end, o, head_dim);
     }
   }
+  gemm_strips<E, Layout::kRowMajor, Start::kScale>(product, strips, t.p_stride, t.v, t.v_stride, t.o_stride, head_dim);
 }
 
 template <class T>
@@ -184,6 +165,23 @@ void finish(const Params& p, const QueryBlock& b, const Sequence& s, const Forwa
       *lse = t.m[r] * static_cast<A>(unit) + log(broadcast<vec_t<T>>(t.l[r]))[0];
     }
   }
+}
+
+// The keys of the block at `base`, spread over the steps that `rows` rows take with the block before.
+template <class T>
+FASTLM_INLINE Prefetch next_keys(const Params& p, const QueryBlock& b, const Sequence& s, Range all, int64_t base, int64_t rows) {
+  constexpr int64_t kSize = sizeof(T);
+  const Range keys = clip(all, base, base + kBlockKeys);
+  const int64_t steps = ceil_div(rows, kSubRows);
+  const int64_t count = keys.end - keys.begin;
+  if (count == 0) return {};
+  return {reinterpret_cast<const char*>(head_row<T>(p.k, s.batch, s.k_begin + keys.begin, b.kv_head)),
+          reinterpret_cast<const char*>(head_row<T>(p.v, s.batch, s.k_begin + keys.begin, b.kv_head)),
+          p.k.seq_stride * kSize,
+          p.v.seq_stride * kSize,
+          p.head_dim * kSize,
+          count,
+          ceil_div(count, steps)};
 }
 
 template <class T>
@@ -215,7 +213,11 @@ void forward_block(const Params& p, const QueryBlock& b, const ForwardTile<T>& t
     pack_depths<E>(head_row<T>(p.v, s.batch, s.k_begin + base, b.kv_head), p.v.seq_stride, keys.begin, keys.end, p.head_dim, t.v,
                    t.v_stride, round_up(p.head_dim, lanes_of<T>), values);
     const bool finite = !probe_found(values);
-    for (int64_t r = 0; r < padded; r += kSubRows) attend<T>(t, score, r, rows, p.head_dim, base, finite);
+    Prefetch ahead = next_keys<T>(p, b, s, {all.begin, all.end}, base + kBlockKeys, padded);
+    for (int64_t r = 0; r < padded; r += kSubRows) {
+      ahead.step();
+      attend<T>(t, score, r, rows, p.head_dim, base, finite);
+    }
   }
   finish<T>(p, b, s, t, score.unit);
 }

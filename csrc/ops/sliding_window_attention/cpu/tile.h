@@ -17,9 +17,10 @@ struct Range {
   int64_t begin, end;
 };
 
+// What of r lies in [begin, end); if nothing does, an empty range at the nearer end.
 FASTLM_INLINE Range clip(Range r, int64_t begin, int64_t end) {
-  const int64_t lower = max_of(r.begin, begin), upper = min_of(r.end, end);
-  return {lower, max_of(lower, upper)};
+  const int64_t lower = min_of(max_of(r.begin, begin), end);
+  return {lower, max_of(lower, min_of(r.end, end))};
 }
 
 FASTLM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
@@ -67,6 +68,25 @@ struct Carve {
     X* p = reinterpret_cast<X*>(base + used);
     used += (static_cast<size_t>(n) * sizeof(X) + 63) / 64 * 64;
     return base == nullptr ? nullptr : p;
+  }
+};
+
+// Brings rows of keys and values into the second-level cache, a few at a time, while others are computed with.
+struct Prefetch {
+  const char *k, *v;  // next rows
+  int64_t k_stride, v_stride, row_bytes;
+  int64_t rows;      // still to come
+  int64_t per_step;  // rows of either
+
+  FASTLM_INLINE void step() {
+    for (int64_t i = 0; i < per_step && rows > 0; ++i, --rows) {
+      for (int64_t at = 0; at < row_bytes; at += 64) {
+        __builtin_prefetch(k + at, 0, 2);
+        __builtin_prefetch(v + at, 0, 2);
+      }
+      k += k_stride;
+      v += v_stride;
+    }
   }
 };
 
