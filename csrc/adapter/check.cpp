@@ -4,8 +4,8 @@
 namespace fastlm {
 
 void check_floating(const char* op, const char* name, const Tensor& t) {
-  FASTLM_CHECK_VALUE(is_floating(t.scalar_type()), op, ": ", name,
-                     " must have dtype float32, bfloat16, float16 or float64, got ", dtype_name(t.scalar_type()));
+  FASTLM_CHECK_VALUE(is_floating(t.scalar_type()), op, ": ", name, " must have dtype float32, bfloat16, float16 or float64, got ",
+                     dtype_name(t.scalar_type()));
 }
 
 void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape_words) {
@@ -25,8 +25,8 @@ void check_same_dtype(const char* op, const char* name, const Tensor& t, const c
 
 void check_same_device(const char* op, const char* name, const Tensor& t, const char* main, const Tensor& like) {
   FASTLM_CHECK_VALUE(
-      t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(),
-      op, ": ", name, " must be on the device of ", main, ", ", like.is_cuda() ? "cuda" : "cpu", ", got ",
+      t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ",
+      name, " must be on the device of ", main, ", ", like.is_cuda() ? "cuda" : "cpu", ", got ",
       t.is_cuda() ? "cuda" : (t.is_cpu() ? "cpu" : "another device"));
 }
 

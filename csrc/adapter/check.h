@@ -19,13 +19,13 @@ std::string join_text(const Parts&... parts) {
   return text.str();
 }
 
-#define FASTLM_CHECK_VALUE(cond, ...)                                              \
-  do {                                                                             \
+#define FASTLM_CHECK_VALUE(cond, ...)                                           \
+  do {                                                                          \
     if (!(cond)) throw std::invalid_argument(::fastlm::join_text(__VA_ARGS__)); \
   } while (false)
 
-#define FASTLM_CHECK_INDEX(cond, ...)                                          \
-  do {                                                                         \
+#define FASTLM_CHECK_INDEX(cond, ...)                                       \
+  do {                                                                      \
     if (!(cond)) throw std::out_of_range(::fastlm::join_text(__VA_ARGS__)); \
   } while (false)
 

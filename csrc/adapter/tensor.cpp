@@ -59,13 +59,10 @@ bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
 }
 
 bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
-         dtype == ScalarType::Double;
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Double;
 }
 
-ScalarType accumulation_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
+ScalarType accumulation_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 DType param_dtype(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -90,9 +87,7 @@ Tensor zeros(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& 
 
 Tensor no_tensor(ScalarType dtype, const Tensor& like) { return empty({0}, dtype, like); }
 
-bool is_channel_last(const Tensor& like) {
-  return like.stride(2) != 1 && like.stride(1) == 1;
-}
+bool is_channel_last(const Tensor& like) { return like.stride(2) != 1 && like.stride(1) == 1; }
 
 Tensor empty_like_layout(const Tensor& like, ScalarType dtype) {
   if (!is_channel_last(like)) return empty({like.size(0), like.size(1), like.size(2)}, dtype, like);

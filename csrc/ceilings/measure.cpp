@@ -17,7 +17,7 @@
 namespace fastlm::ceilings {
 namespace {
 
-constexpr int64_t kRounds = 20000;            // a fraction of a millisecond between two looks at the clock
+constexpr int64_t kRounds = 20000;             // a fraction of a millisecond between two looks at the clock
 constexpr int64_t kFloats = int64_t{1} << 24;  // 64 MiB per buffer
 
 double seconds_of(clockid_t clock) {

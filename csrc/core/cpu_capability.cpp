@@ -43,8 +43,7 @@ const char* refusal(const char* name) {
     return g_reason;
   }
   if (!cpu_level_supported(level)) {
-    std::snprintf(g_reason, sizeof(g_reason),
-                  "FASTLM_CPU_CAPABILITY must name a level this CPU can run (up to '%s'), got '%s'",
+    std::snprintf(g_reason, sizeof(g_reason), "FASTLM_CPU_CAPABILITY must name a level this CPU can run (up to '%s'), got '%s'",
                   cpu_level_name(highest_level()), name);
     return g_reason;
   }

@@ -20,23 +20,22 @@
 #endif
 
 // In <op>/cpu/kernels.h, outside any namespace: declares `Table` objects called `name`, one per level.
-#define FASTLM_DECLARE_CPU_KERNELS(Table, name)                             \
-  namespace fastlm::default_ {                                             \
-  extern const Table name;                                                 \
-  }                                                                        \
-  FASTLM_IF_AVX2(namespace fastlm::avx2 { extern const Table name; })      \
-  FASTLM_IF_AVX512(namespace fastlm::avx512 { extern const Table name; })  \
+#define FASTLM_DECLARE_CPU_KERNELS(Table, name)                           \
+  namespace fastlm::default_ {                                            \
+  extern const Table name;                                                \
+  }                                                                       \
+  FASTLM_IF_AVX2(namespace fastlm::avx2 { extern const Table name; })     \
+  FASTLM_IF_AVX512(namespace fastlm::avx512 { extern const Table name; }) \
   FASTLM_IF_AVX512_BF16(namespace fastlm::avx512_bf16 { extern const Table name; })
 
 // In <op>/cpu.cpp: the table of the level in use, `const Table&`.
-#define FASTLM_CPU_KERNELS(name)                                                           \
-  (*[]() {                                                                                 \
-    switch (::fastlm::cpu_level()) {                                                       \
-      FASTLM_IF_AVX512_BF16(case ::fastlm::CpuLevel::kAvx512Bf16                           \
-                            : return &::fastlm::avx512_bf16::name;)                        \
-      FASTLM_IF_AVX512(case ::fastlm::CpuLevel::kAvx512 : return &::fastlm::avx512::name;) \
-      FASTLM_IF_AVX2(case ::fastlm::CpuLevel::kAvx2 : return &::fastlm::avx2::name;)       \
-      default:                                                                             \
-        return &::fastlm::default_::name;                                                  \
-    }                                                                                      \
+#define FASTLM_CPU_KERNELS(name)                                                                         \
+  (*[]() {                                                                                               \
+    switch (::fastlm::cpu_level()) {                                                                     \
+      FASTLM_IF_AVX512_BF16(case ::fastlm::CpuLevel::kAvx512Bf16 : return &::fastlm::avx512_bf16::name;) \
+      FASTLM_IF_AVX512(case ::fastlm::CpuLevel::kAvx512 : return &::fastlm::avx512::name;)               \
+      FASTLM_IF_AVX2(case ::fastlm::CpuLevel::kAvx2 : return &::fastlm::avx2::name;)                     \
+      default:                                                                                           \
+        return &::fastlm::default_::name;                                                                \
+    }                                                                                                    \
   }())

@@ -1,5 +1,6 @@
-// CUDA device code compiled as host C++, so that the arithmetic and the index maths of a kernel can be tested where there is no GPU.
-// Included before a .cuh by tests/build/*.cpp. One thread at a time runs, so kernels that synchronise are called piece by piece.
+// CUDA device code compiled as host C++, so that the arithmetic and the index maths of a kernel can be tested where there is no
+// GPU. Included before a .cuh by tests/build/*.cpp. One thread at a time runs, so kernels that synchronise are called piece by
+// piece.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
-// AVX-512 on a machine without it: intrinsics as plain code, from SIMDe (package libsimde-dev) and, where that lacks one, from here.
-// Only for the test build FASTLM_EMULATE_AVX512: it shows that the AVX-512 paths compute the right numbers, never how fast.
+// AVX-512 on a machine without it: intrinsics as plain code, from SIMDe (package libsimde-dev) and, where that lacks one, from
+// here. Only for the test build FASTLM_EMULATE_AVX512: it shows that the AVX-512 paths compute the right numbers, never how fast.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES

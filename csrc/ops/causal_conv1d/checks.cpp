@@ -6,8 +6,8 @@ namespace {
 
 bool check_activation(const char* op, const std::optional<std::string>& activation) {
   if (!activation.has_value()) return false;
-  FASTLM_CHECK_VALUE(*activation == "silu" || *activation == "swish", op,
-                     ": activation must be None, 'silu' or 'swish', got '", *activation, "'");
+  FASTLM_CHECK_VALUE(*activation == "silu" || *activation == "swish", op, ": activation must be None, 'silu' or 'swish', got '",
+                     *activation, "'");
   return true;
 }
 
@@ -89,8 +89,8 @@ bool check_update(const Tensor& x, const Tensor& conv_state, const Tensor& weigh
     check_index_vector(op, "cache_seqlens", *cache_seqlens);
     check_shape(op, "cache_seqlens", *cache_seqlens, {x.size(0)});
     check_same_device(op, "cache_seqlens", *cache_seqlens, "x", x);
-    FASTLM_CHECK_VALUE(conv_state.size(2) >= 1, op, ": conv_state must have a length S of at least 1 when cache_seqlens is given, got ",
-                       conv_state.size(2));
+    FASTLM_CHECK_VALUE(conv_state.size(2) >= 1, op,
+                       ": conv_state must have a length S of at least 1 when cache_seqlens is given, got ", conv_state.size(2));
   }
   if (conv_state_indices.has_value()) {
     check_index_vector(op, "conv_state_indices", *conv_state_indices);
@@ -130,7 +130,7 @@ std::vector<Segment> make_segments(const char* op, const Tensor& x, int64_t widt
       // Within the filter's reach an earlier document must not come back: the filter would have to skip over the one between.
       for (int64_t back = 1; t < length && back < width && begin - back >= 0; ++back) {
         if (t - (begin - back) >= width) break;
-        FASTLM_CHECK_VALUE(id(begin - back) != id(t) , op, ": seq_idx must not return to an earlier id within ", width - 1,
+        FASTLM_CHECK_VALUE(id(begin - back) != id(t), op, ": seq_idx must not return to an earlier id within ", width - 1,
                            " positions, got id ", id(t), " again at row ", b, ", position ", t);
       }
       const bool first = begin == 0;

@@ -52,22 +52,19 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
   const auto prepared = prepared_weight(p, dtype);
   if (is_channel_last(input)) {
     const auto tiles = number_tiles(segments);
-    parallel_for(tiles.back(), grain(kTile * p.dim), [&](int64_t begin, int64_t end) {
-      kernels.forward_rows[k](p, prepared.data(), tiles.data(), begin, end);
-    });
+    parallel_for(tiles.back(), grain(kTile * p.dim),
+                 [&](int64_t begin, int64_t end) { kernels.forward_rows[k](p, prepared.data(), tiles.data(), begin, end); });
   } else {
-    parallel_for(p.num_segments * p.dim, grain(p.seqlen), [&](int64_t begin, int64_t end) {
-      kernels.forward_channels[k](p, prepared.data(), begin, end);
-    });
+    parallel_for(p.num_segments * p.dim, grain(p.seqlen),
+                 [&](int64_t begin, int64_t end) { kernels.forward_channels[k](p, prepared.data(), begin, end); });
   }
   kernels.final_states[k](p, 0, p.num_segments * p.dim);
   return {out, final_states};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
-                                                    OptionalTensor bias, OptionalTensor seq_idx,
-                                                    OptionalTensor initial_states, Activation activation,
-                                                    OptionalTensor cu_seqlens) {
+                                                    OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor initial_states,
+                                                    Activation activation, OptionalTensor cu_seqlens) {
   constexpr const char* op = "causal_conv1d_backward";
   const bool silu = check_forward(op, x, weight, bias, seq_idx, initial_states, activation, cu_seqlens);
   check_backward(dout, dfinal_states, x, weight, cu_seqlens);
@@ -77,9 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   const Tensor input = usable(x);
   const Tensor grad = match_layout(dout, input);
   const Tensor dx = empty_like_layout(input, dtype);
-  const Tensor dinitial = initial_states.has_value()
-                              ? empty({initial_states->size(0), x.size(1), weight.size(1) - 1}, dtype, x)
-                              : no_tensor(dtype, x);
+  const Tensor dinitial = initial_states.has_value() ? empty({initial_states->size(0), x.size(1), weight.size(1) - 1}, dtype, x)
+                                                     : no_tensor(dtype, x);
   const bool rows = is_channel_last(input);
   const auto tiles = number_tiles(segments);
 
@@ -107,13 +103,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
     }
   }
   if (rows) {
-    parallel_for(pieces, grain(4 * kTile * p.dim), [&](int64_t begin, int64_t end) {
-      kernels.backward_rows[k](p, prepared.data(), tiles.data(), begin, end);
-    });
+    parallel_for(pieces, grain(4 * kTile * p.dim),
+                 [&](int64_t begin, int64_t end) { kernels.backward_rows[k](p, prepared.data(), tiles.data(), begin, end); });
   } else {
-    parallel_for(p.num_segments * p.dim, grain(4 * p.seqlen), [&](int64_t begin, int64_t end) {
-      kernels.backward_channels[k](p, prepared.data(), begin, end);
-    });
+    parallel_for(p.num_segments * p.dim, grain(4 * p.seqlen),
+                 [&](int64_t begin, int64_t end) { kernels.backward_channels[k](p, prepared.data(), begin, end); });
   }
   const Tensor dweight = empty({p.dim, p.width}, acc, x);
   const Tensor dbias = empty({p.dim}, acc, x);
@@ -140,11 +134,11 @@ Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, A
     slots = index_values(*conv_state_indices);
     std::vector<bool> taken(static_cast<size_t>(conv_state.size(0)), false);
     for (size_t i = 0; i < slots.size(); ++i) {
-      FASTLM_CHECK_INDEX(slots[i] < conv_state.size(0), op, ": conv_state_indices must be below ", conv_state.size(0),
-                         ", got ", slots[i], " at index ", i);
+      FASTLM_CHECK_INDEX(slots[i] < conv_state.size(0), op, ": conv_state_indices must be below ", conv_state.size(0), ", got ",
+                         slots[i], " at index ", i);
       if (slots[i] < 0) continue;
-      FASTLM_CHECK_VALUE(!taken[static_cast<size_t>(slots[i])], op,
-                         ": conv_state_indices must name each slot at most once, got ", slots[i], " again at index ", i);
+      FASTLM_CHECK_VALUE(!taken[static_cast<size_t>(slots[i])], op, ": conv_state_indices must name each slot at most once, got ",
+                         slots[i], " again at index ", i);
       taken[static_cast<size_t>(slots[i])] = true;
     }
   }
@@ -156,8 +150,7 @@ Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, A
 
   const auto& kernels = FASTLM_CPU_KERNELS(causal_conv1d_update);
   const int k = kernel_index(x.scalar_type());
-  parallel_for(p.batch * p.dim, grain(8 * p.num_tokens),
-               [&](int64_t begin, int64_t end) { kernels.update[k](p, begin, end); });
+  parallel_for(p.batch * p.dim, grain(8 * p.num_tokens), [&](int64_t begin, int64_t end) { kernels.update[k](p, begin, end); });
   return out;
 }
 

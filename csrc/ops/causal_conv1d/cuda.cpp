@@ -1,5 +1,5 @@
-// causal_conv1d on CUDA: checks -> parameters -> launch. Values behind device pointers (seq_idx, cu_seqlens, slots) are not checked,
-// since that would stop the device; the kernels clamp them instead.
+// causal_conv1d on CUDA: checks -> parameters -> launch. Values behind device pointers (seq_idx, cu_seqlens, slots) are not
+// checked, since that would stop the device; the kernels clamp them instead.
 #include "adapter/cuda.h"
 
 #include <string>
@@ -57,9 +57,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
-                                                    OptionalTensor bias, OptionalTensor seq_idx,
-                                                    OptionalTensor initial_states, Activation activation,
-                                                    OptionalTensor cu_seqlens) {
+                                                    OptionalTensor bias, OptionalTensor seq_idx, OptionalTensor initial_states,
+                                                    Activation activation, OptionalTensor cu_seqlens) {
   constexpr const char* op = "causal_conv1d_backward";
   const bool silu = check_forward(op, x, weight, bias, seq_idx, initial_states, activation, cu_seqlens);
   check_backward(dout, dfinal_states, x, weight, cu_seqlens);
@@ -83,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   const Tensor dweight = empty({p.dim, p.width}, acc, x);
   const Tensor dbias = empty({p.dim}, acc, x);
   p.partial = partial.data_ptr();
-  check_launch(op, cuda::launch_backward(p, dtype_of(x), channel_last, states, dweight.data_ptr(), dbias.data_ptr(),
-                                         current_stream(x)));
+  check_launch(
+      op, cuda::launch_backward(p, dtype_of(x), channel_last, states, dweight.data_ptr(), dbias.data_ptr(), current_stream(x)));
   return {dx, torch::stable::to(dweight, weight.scalar_type()),
           bias.has_value() ? torch::stable::to(dbias, bias->scalar_type()) : no_tensor(acc, x), dinitial};
 }

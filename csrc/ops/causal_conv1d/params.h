@@ -12,15 +12,15 @@ constexpr int64_t kMaxWidth = 32;
 
 // A run of positions of one row that the filter may not look out of.
 struct Segment {
-  int64_t batch;         // row of x
-  int64_t begin, end;    // positions [begin, end)
-  int64_t initial;       // row of initial_states, or -1: zeros
-  int64_t final_state;   // row of final_states this segment fills, or -1
-  int64_t padding;       // 1: seq_idx is negative, the output is 0
+  int64_t batch;        // row of x
+  int64_t begin, end;   // positions [begin, end)
+  int64_t initial;      // row of initial_states, or -1: zeros
+  int64_t final_state;  // row of final_states this segment fills, or -1
+  int64_t padding;      // 1: seq_idx is negative, the output is 0
 };
 
-// Where segments come from on a device, whose values the host does not know. The kernels clamp what they read, so that wrong values
-// give wrong numbers but never an access out of bounds.
+// Where segments come from on a device, whose values the host does not know. The kernels clamp what they read, so that wrong
+// values give wrong numbers but never an access out of bounds.
 struct DeviceSegments {
   const void* cu_seqlens;  // (S+1,) contiguous or null
   const void* seq_idx;     // (B, L) or null
@@ -51,7 +51,7 @@ struct Params {
 
   const Segment* segments;  // CPU
   int64_t num_segments;
-  DeviceSegments device;    // CUDA
+  DeviceSegments device;  // CUDA
 };
 
 struct BackwardParams : Params {  // `out` and `final_states` are unused here
@@ -61,7 +61,7 @@ struct BackwardParams : Params {  // `out` and `final_states` are unused here
   void* dx;                   // (B, D, L), T, same layout as x
   int64_t dx_batch_stride, dx_dim_stride, dx_seq_stride;
   void* dinitial_states;  // (S, D, W-1), T, contiguous, or null
-  void* partial;          // (P, W + 1, D) in the accumulation type: weight and bias gradients of each piece of work, summed in order
+  void* partial;  // (P, W + 1, D) in the accumulation type: weight and bias gradients of each piece of work, summed in order
 };
 
 struct UpdateParams {

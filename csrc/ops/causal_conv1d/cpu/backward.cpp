@@ -1,8 +1,9 @@
 // Depthwise causal convolution, backward. With p_t the pre-activation (recomputed) and dp_t = dout_t * act'(p_t):
 //   dx_s = sum_j w_j dp_{s+(W-1)-j},  dw_j = sum_t dp_t x_{t-(W-1)+j},  db = sum_t dp_t,
 // and the same dx formula at the W-1 positions before a segment gives the gradient of its initial state. What arrives through the
-// final state is added where the final state was copied from. Every piece of work (a tile of positions, or a channel of a segment)
-// writes its own partial dw and db; reduce_partial adds them in order, so results do not depend on the number of threads.
+// final state is added where the final state was copied from. Every piece of work (a tile of positions, or a channel of a
+// segment) writes its own partial dw and db; reduce_partial adds them in order, so results do not depend on the number of
+// threads.
 #include "core/scratch.h"
 #include "ops/causal_conv1d/cpu/kernels.h"
 #include "ops/causal_conv1d/cpu/taps.h"
@@ -141,8 +142,7 @@ void backward_rows(const BackwardParams& p, const void* prepared, const int64_t*
 }
 
 template <class T>
-void backward_channel(const BackwardParams& p, const Segment& s, int64_t d, const acc_t<T>* w, acc_t<T>* dp,
-                      acc_t<T>* partial) {
+void backward_channel(const BackwardParams& p, const Segment& s, int64_t d, const acc_t<T>* w, acc_t<T>* dp, acc_t<T>* partial) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr int64_t kLanes = lanes_of<T>;

@@ -18,8 +18,7 @@ void prepare_weight(const Params& p, void* prepared_ptr) {
   A* prepared = static_cast<A*>(prepared_ptr);
   for (int64_t d = 0; d < p.dim; ++d) {
     for (int64_t j = 0; j < p.width; ++j) {
-      prepared[j * p.dim + d] =
-          load_param<A>(p.weight, p.weight_dtype, d * p.weight_dim_stride + j * p.weight_width_stride);
+      prepared[j * p.dim + d] = load_param<A>(p.weight, p.weight_dtype, d * p.weight_dim_stride + j * p.weight_width_stride);
     }
     prepared[p.width * p.dim + d] = load_param<A>(p.bias, p.bias_dtype, d * p.bias_stride);
   }

@@ -13,8 +13,7 @@ constexpr int64_t kTile = 64;
 using PrepareWeight = void (*)(const Params&, void* prepared);
 // Channel-last: items are tiles, numbered through the segments; `tile_begin[s]` is the first tile of segment s.
 using ForwardRows = void (*)(const Params&, const void* prepared, const int64_t* tile_begin, int64_t begin, int64_t end);
-using BackwardRows = void (*)(const BackwardParams&, const void* prepared, const int64_t* tile_begin, int64_t begin,
-                              int64_t end);
+using BackwardRows = void (*)(const BackwardParams&, const void* prepared, const int64_t* tile_begin, int64_t begin, int64_t end);
 // Channel-first: items are (segment, channel) pairs.
 using ForwardChannels = void (*)(const Params&, const void* prepared, int64_t begin, int64_t end);
 using BackwardChannels = void (*)(const BackwardParams&, const void* prepared, int64_t begin, int64_t end);

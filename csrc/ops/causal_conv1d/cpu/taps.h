@@ -12,13 +12,12 @@ namespace {
 template <class T>
 FASTLM_INLINE acc_t<T> input_at(const causal_conv1d::Params& p, const causal_conv1d::Segment& s, int64_t channel, int64_t t) {
   if (t >= s.begin) {
-    return to_acc(static_cast<const T*>(
-        p.x)[s.batch * p.x_batch_stride + channel * p.x_dim_stride + t * p.x_seq_stride]);
+    return to_acc(static_cast<const T*>(p.x)[s.batch * p.x_batch_stride + channel * p.x_dim_stride + t * p.x_seq_stride]);
   }
   if (s.initial < 0) return acc_t<T>(0);
   const int64_t i = t - s.begin + p.width - 1;
-  return to_acc(static_cast<const T*>(p.initial_states)[s.initial * p.initial_batch_stride +
-                                                        channel * p.initial_dim_stride + i * p.initial_width_stride]);
+  return to_acc(static_cast<const T*>(
+      p.initial_states)[s.initial * p.initial_batch_stride + channel * p.initial_dim_stride + i * p.initial_width_stride]);
 }
 
 // The same for a vector of n channels in channel-last memory.

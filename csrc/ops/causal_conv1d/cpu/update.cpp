@@ -1,6 +1,6 @@
 // Depthwise causal convolution, decoding step of one or m tokens: the state holds the last inputs of each channel, oldest first
-// (shifted in place), or is a ring in which token number n lies at slot n mod S. The filter's window is carried through the m tokens
-// in registers, so a state shorter than W-1+m is enough.
+// (shifted in place), or is a ring in which token number n lies at slot n mod S. The filter's window is carried through the m
+// tokens in registers, so a state shorter than W-1+m is enough.
 #include "ops/causal_conv1d/cpu/kernels.h"
 #include "ops/causal_conv1d/cpu/taps.h"
 

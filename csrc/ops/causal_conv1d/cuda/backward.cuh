@@ -1,6 +1,7 @@
 // Depthwise causal convolution on CUDA, backward (formulas: ../cpu/backward.cpp). A thread moves along a piece of time with two
 // windows: the inputs at t = s + W-1, from which dp_t is recomputed, and the last W values of dp, from which dx_s follows.
-// Weight gradients: each piece writes its own partial sums and a second kernel adds them in order; no atomics, the same bits always.
+// Weight gradients: each piece writes its own partial sums and a second kernel adds them in order; no atomics, the same bits
+// always.
 #pragma once
 
 #include "ops/causal_conv1d/cuda/segments.cuh"
@@ -29,8 +30,7 @@ __device__ __forceinline__ acc_t<T> from_final_state(const BackwardParams& p, co
 
 template <class T>
 __device__ __forceinline__ acc_t<T> dout_at(const BackwardParams& p, int64_t batch, int64_t channel, int64_t t) {
-  return to_acc(static_cast<const T*>(
-      p.dout)[batch * p.dout_batch_stride + channel * p.dout_dim_stride + t * p.dout_seq_stride]);
+  return to_acc(static_cast<const T*>(p.dout)[batch * p.dout_batch_stride + channel * p.dout_dim_stride + t * p.dout_seq_stride]);
 }
 
 // dx for [t0, t1) of one channel; sums the weight gradients of these positions into dw[0..W-1] and the bias gradient into dw[W].

@@ -1,5 +1,5 @@
-// Depthwise causal convolution on CUDA, forward, and the final states. A thread carries the filter's window of one channel along a
-// piece of time, so every input is read once (plus W-1 at the piece's begin). Bound by DRAM.
+// Depthwise causal convolution on CUDA, forward, and the final states. A thread carries the filter's window of one channel along
+// a piece of time, so every input is read once (plus W-1 at the piece's begin). Bound by DRAM.
 #pragma once
 
 #include "ops/causal_conv1d/cuda/segments.cuh"

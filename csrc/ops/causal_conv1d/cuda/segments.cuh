@@ -11,9 +11,9 @@ using fastlm::cuda::load_index;
 using fastlm::cuda::to_acc;
 
 struct Bounds {
-  int64_t begin, end;  // positions the segment covers (with seq_idx: those within reach)
-  int64_t initial;     // row of initial_states, or -1
-  int64_t final_state; // row of final_states, or -1
+  int64_t begin, end;   // positions the segment covers (with seq_idx: those within reach)
+  int64_t initial;      // row of initial_states, or -1
+  int64_t final_state;  // row of final_states, or -1
   bool padding;
 };
 
@@ -59,13 +59,12 @@ __device__ inline Bounds bounds_at(const Params& p, int64_t batch, int64_t t) {
 template <class T>
 __device__ __forceinline__ acc_t<T> input_at(const Params& p, const Bounds& s, int64_t batch, int64_t channel, int64_t t) {
   if (t >= s.begin) {
-    return to_acc(
-        static_cast<const T*>(p.x)[batch * p.x_batch_stride + channel * p.x_dim_stride + t * p.x_seq_stride]);
+    return to_acc(static_cast<const T*>(p.x)[batch * p.x_batch_stride + channel * p.x_dim_stride + t * p.x_seq_stride]);
   }
   const int64_t i = t - s.begin + p.width - 1;
   if (p.initial_states == nullptr || s.initial < 0 || i < 0) return acc_t<T>(0);
-  return to_acc(static_cast<const T*>(p.initial_states)[s.initial * p.initial_batch_stride +
-                                                        channel * p.initial_dim_stride + i * p.initial_width_stride]);
+  return to_acc(static_cast<const T*>(
+      p.initial_states)[s.initial * p.initial_batch_stride + channel * p.initial_dim_stride + i * p.initial_width_stride]);
 }
 
 // The filter's window of one channel, moved along time. kWidth 0: the width is only known at run time.

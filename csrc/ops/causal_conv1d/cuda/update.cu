@@ -1,16 +1,15 @@
 // Launches of update.cuh.
 #include "core/cuda/dispatch.h"
-#include "ops/causal_conv1d/cuda/update.cuh"
 #include "ops/causal_conv1d/cuda/launch.h"
+#include "ops/causal_conv1d/cuda/update.cuh"
 
 namespace fastlm::causal_conv1d::cuda {
 cudaError_t launch_update(const UpdateParams& p, DType dtype, cudaStream_t stream) {
   const int64_t total = p.batch * p.dim;
   if (total == 0) return cudaSuccess;
   const int64_t blocks = (total + 127) / 128;
-  fastlm::cuda::visit_dtype(dtype, [&]<class T>() {
-    update<T><<<static_cast<unsigned int>(blocks < 65535 ? blocks : 65535), 128, 0, stream>>>(p);
-  });
+  fastlm::cuda::visit_dtype(
+      dtype, [&]<class T>() { update<T><<<static_cast<unsigned int>(blocks < 65535 ? blocks : 65535), 128, 0, stream>>>(p); });
   return cudaGetLastError();
 }
 

@@ -1,5 +1,5 @@
-// Depthwise causal convolution on CUDA, decoding step of one or m tokens: one thread per (row, channel), see ../cpu/update.cpp. Slots
-// that do not exist are treated as padding: the host does not see their numbers.
+// Depthwise causal convolution on CUDA, decoding step of one or m tokens: one thread per (row, channel), see ../cpu/update.cpp.
+// Slots that do not exist are treated as padding: the host does not see their numbers.
 #pragma once
 
 #include "core/cuda/element.cuh"
