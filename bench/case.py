@@ -54,8 +54,8 @@ class Contender:
         reference: what it is checked against, if it is shown for orientation and computes something else than
             the case.
         tolerance: of this contender, if another than the case's.
-        cost: amounts of ceilings that a forward pass needs at least; a contender that would take longer than
-            the run's patience on this machine is skipped and says so.
+        cost: per part, amounts of ceilings that a call needs at least; a part that would take longer than the
+            run's patience on this machine is skipped and says so.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Contender:
     mode: str = "no_grad"
     reference: Build | None = None
     tolerance: float | None = None
-    cost: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """What this machine can do at best, measured in the same run as everything else, and the machine that targets
 were set on.
 
-Rates of instruction loops are per second of thread CPU time (what the cores do if nobody else uses them),
-best of a few tries; memory and matrix products on the wall clock, best of a few tries. Ceilings are summed
-over the threads.
+Rates are per second of thread CPU time, summed over the threads, best of a few tries: what the cores do if
+    nobody
+else uses them. Only matrix products on several threads are taken from the wall clock, because torch's threads
+spin while they wait.
 """
 
 from __future__ import annotations
@@ -55,8 +56,7 @@ REFERENCE_RATES: dict[str, Rates] = {
     },
 }
 
-_MEASURED_ON_CPU_CLOCK = {"fma": "fma", "exp2": "exp2", "dot_bf16": "dot_bf16"}
-_MEASURED_ON_WALL_CLOCK = {"dram_read": "read", "dram_copy": "copy"}
+_LOOPS = {"fma": "fma", "exp2": "exp2", "dot_bf16": "dot_bf16", "dram_read": "read", "dram_copy": "copy"}
 _PRODUCTS = {"mm_fp32": torch.float32, "mm_bf16": torch.bfloat16}
 
 
@@ -76,8 +76,8 @@ def measure(threads: int, *, seconds: float = 0.08, tries: int = 3) -> dict[str,
     module = sys.modules["fastlm._C"]
     names = module.ceiling_names()
 
-    def best(name: str, count: int, clock: str) -> float:
-        return max(module.measure_ceiling(name, seconds, count)[clock] for _ in range(tries))
+    def best(name: str, count: int) -> float:
+        return max(module.measure_ceiling(name, seconds, count)["per_cpu_second"] for _ in range(tries))
 
     rates: dict[str, Rates] = {}
     sizes: dict[str, int] = {}
@@ -85,17 +85,16 @@ def measure(threads: int, *, seconds: float = 0.08, tries: int = 3) -> dict[str,
     try:
         for count in sorted({1, threads}):
             here: Rates = {}
-            for name, loop in _MEASURED_ON_CPU_CLOCK.items():
+            for name, loop in _LOOPS.items():
                 if loop in names:
-                    here[name] = best(loop, count, "per_cpu_second")
-            for name, loop in _MEASURED_ON_WALL_CLOCK.items():
-                here[name] = best(loop, count, "per_wall_second")
+                    here[name] = best(loop, count)
             torch.set_num_threads(count)
             for name, dtype in _PRODUCTS.items():
                 sizes.setdefault(
                     name, _product_size(dtype, 2 * seconds)
                 )  # chosen with one thread, kept for more
-                here[name] = _product_rate(dtype, sizes[name], 2 * seconds)
+                clock = time.process_time if count == 1 else time.perf_counter
+                here[name] = _product_rate(dtype, sizes[name], 2 * seconds, clock)
             rates[str(count)] = here
     finally:
         torch.set_num_threads(before)
@@ -107,28 +106,27 @@ def _product_size(dtype: torch.dtype, seconds: float) -> int:
     size = 128
     while size < 1024:
         a = torch.zeros(size, size, dtype=dtype)
-        if 8 * 4 * _fastest(lambda a=a: torch.mm(a, a), seconds / 8) > seconds:
+        if 8 * 4 * _fastest(lambda a=a: torch.mm(a, a), seconds / 8, time.process_time) > seconds:
             break
         size *= 2
     return size
 
 
-def _product_rate(dtype: torch.dtype, size: int, seconds: float) -> float:
+def _product_rate(dtype: torch.dtype, size: int, seconds: float, clock: Callable[[], float]) -> float:
     """FLOP/s of the fastest product within the time."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    return 2.0 * size**3 / _fastest(lambda: torch.mm(a, b), seconds)
+    return 2.0 * size**3 / _fastest(lambda: torch.mm(a, b), seconds, clock)
 
 
-def _fastest(call: Callable[[], object], seconds: float) -> float:
+def _fastest(call: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
     call()
     end = time.perf_counter() + seconds
     best = float("inf")
     while True:
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        now = time.perf_counter()
-        best = min(best, now - begin)
-        if now > end:
+        best = min(best, clock() - begin)
+        if time.perf_counter() > end:
             return best
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .case import BOTH, MODES, Build, Call, Case, Contender, Inputs, Outputs
+from .case import MODES, Build, Call, Case, Contender, Inputs, Outputs
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,17 @@ def compute_expected(case: Case, inputs: Inputs, build: Build) -> Expected:
     return Expected(_named(outputs, leaves, case.mutated), gradients, doutputs)
 
 
-def check(case: Case, contender: Contender, inputs: Inputs, expected: Expected) -> dict[str, float]:
+def check(
+    case: Case, contender: Contender, inputs: Inputs, expected: Expected, *, backward: bool = True
+) -> dict[str, float]:
     """Relative errors by name of result; infinity where values are missing, of another shape or not finite.
+
+    Args:
+        case: what is computed.
+        contender: who is checked.
+        inputs: in the case's dtype.
+        expected: from the reference.
+        backward: also check gradients, if the case has any.
 
     Raises:
         UnavailableError: the contender cannot take part.
@@ -81,7 +90,7 @@ def check(case: Case, contender: Contender, inputs: Inputs, expected: Expected) 
     with MODES[contender.mode]():
         outputs = as_tuple(contender.build(own)())
     errors = compare(_named(outputs, own, case.mutated), expected.outputs)
-    if case.gradients and BOTH not in contender.skip_parts:
+    if case.gradients and backward:
         leaves = leaves_of(inputs, case.gradients)
         call = contender.build(leaves)
         doutputs = doutputs_like(expected.doutputs, outputs)

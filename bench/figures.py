@@ -192,12 +192,19 @@ def si(value: float) -> str:
     return f"{value:.3g} "
 
 
+_SECONDS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
+
+
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if abs(seconds) >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+    unit = next((name for name, length in _SECONDS.items() if abs(seconds) >= length), "ns")
+    return f"{seconds / _SECONDS[unit]:.3g} {unit}"
+
+
+def span(low: float, high: float) -> str:
+    """Two times in the unit of the first."""
+    unit = duration(low).split()[1]
+    return f"{duration(low).split()[0]}–{high / _SECONDS[unit]:.3g} {unit}"
 
 
 def size(count: float) -> str:

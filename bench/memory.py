@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,9 +51,11 @@ def _status_bytes(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def measure_in_child(case: Case, part: str, contender: Contender, threads: int) -> dict[str, int] | str:
-    """`{"peak_extra_bytes", "result_bytes"}`, or why there is no answer."""
-    words = [case.op, case.name, case.dtype, part, contender.name, str(threads)]
+def measure_in_child(
+    case: Case, part: str, contenders: Sequence[str], threads: int
+) -> dict[str, dict[str, int]] | str:
+    """`{"peak_extra_bytes", "result_bytes"}` by contender, one after the other; or why there is no answer."""
+    words = [case.op, case.name, case.dtype, part, str(threads), *contenders]
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     environment["MALLOC_MMAP_THRESHOLD_"] = environment["MALLOC_TRIM_THRESHOLD_"] = "65536"
@@ -70,7 +72,7 @@ def measure_in_child(case: Case, part: str, contender: Contender, threads: int) 
     if child.returncode != 0:
         lines = child.stderr.strip().splitlines()
         return lines[-1] if lines else f"exit status {child.returncode}"
-    answer: dict[str, int] = json.loads(child.stdout.strip().splitlines()[-1])
+    answer: dict[str, dict[str, int]] = json.loads(child.stdout.strip().splitlines()[-1])
     return answer
 
 
@@ -96,12 +98,15 @@ def prepare(case: Case, part: str, contender: Contender) -> Callable[[], object]
 def _child(words: list[str]) -> None:
     from .cases import find_case
 
-    op, name, dtype, part, contender_name, threads = words
+    op, name, dtype, part, threads, *names = words
     torch.set_num_threads(int(threads))
     case = find_case(op, name, dtype)
-    contender = next(c for c in case.contenders if c.name == contender_name)
-    peak, kept = peak_of(prepare(case, part, contender))
-    print(json.dumps({"peak_extra_bytes": peak, "result_bytes": kept}))
+    answer = {}
+    for contender in case.contenders:
+        if contender.name in names:
+            peak, kept = peak_of(prepare(case, part, contender))
+            answer[contender.name] = {"peak_extra_bytes": peak, "result_bytes": kept}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

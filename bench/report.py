@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .case import BOTH, DECODE, FORWARD, STEP
 from .ceilings import DESCRIPTION
 from .figures import (
     backward_of,
@@ -19,9 +20,11 @@ from .figures import (
     share_of_ceiling,
     si,
     size,
+    span,
     spread,
 )
 
+SHORT = {FORWARD: "fwd", BOTH: "fwd+bwd", DECODE: "decode", STEP: "step"}
 _WIDTH = 150  # columns where the output is no terminal
 
 
@@ -46,8 +49,9 @@ def show(record: Mapping[str, Any], console: Console | None = None, clock: str =
     backward = backward_of(record["results"], clock)
     for key, results in _by_case(record["results"]).items():
         console.print(_case_table(record, key, results, backward, clock))
-        if results[0]["note"]:
-            console.print(f"  {escape(results[0]['note'])}\n", style="dim")
+        for line in _remarks(results):
+            console.print(f"  {line}", highlight=False)
+        console.print()
     targets = _target_table(record, clock)
     if targets.row_count:
         console.print(targets)
@@ -116,69 +120,72 @@ def _case_table(
 ) -> Table:
     shape = " ".join(f"{letter}={value}" for letter, value in results[0]["shape"].items())
     table = Table(title=f"{' '.join(key)}   {shape}", title_justify="left")
-    with_memory = any("memory" in row for result in results for row in result["contenders"])
+    memory = any("memory" in row for result in results for row in result["contenders"])
+    unit = results[0]["work"]["unit"]
     for name in ("part", "contender"):
-        table.add_column(name)
-    for name in (
-        "median",
-        "20 – 80 %",
-        "rate",
-        "of ceiling",
-        "fastlm is",
-        *(["peak extra"] if with_memory else []),
-    ):
-        table.add_column(name, justify="right")
-    table.add_column("note")
+        table.add_column(name, no_wrap=True)
+    columns = ["median", "20–80 %", f"{unit}/s", "of ceiling", "fastlm is"]
+    for name in [*columns, "peak extra memory"] if memory else columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        for index, row in enumerate(result["contenders"]):
-            cells = _row_cells(record, result, row, clock, with_memory)
-            table.add_row(result["part"] if index == 0 else "", escape(row["name"]), *cells)
+        timed = [row for row in result["contenders"] if spread(row, clock) is not None]
+        for index, row in enumerate(timed):
+            part = SHORT.get(result["part"], result["part"]) if index == 0 else ""
+            name = escape(row["name"]) + (" *" if row["orientation"] else "")
+            table.add_row(part, name, *_row_cells(record, result, row, clock, memory))
         table.add_section()
-    for (op, case, dtype, part), seconds in backward.items():
+    for (op, case, dtype, _), seconds in backward.items():
         if (op, case, dtype) == key and seconds:
-            _add_backward(table, part, seconds, results, with_memory)
+            _add_backward(table, seconds, results, memory)
     return table
 
 
-def _row_cells(record: Any, result: Any, row: Any, clock: str, with_memory: bool) -> list[str]:
-    own = main_row(result)
+def _row_cells(record: Any, result: Any, row: Any, clock: str, memory: bool) -> list[str]:
+    own, times = main_row(result), spread(row, clock)
+    assert times is not None
     mine = None if own is None else spread(own, clock)
-    times = spread(row, clock)
-    if times is None:
-        return ["–"] * (6 if with_memory else 5) + [f"{row['status']}: {escape(row['reason'])}"]
-    work = result["work"]
     share = share_of_ceiling(record, result, times.median)
     cells = [
         duration(times.median),
-        f"{duration(times.p20)} – {duration(times.p80)}",
-        f"{si(work['amount'] / times.median)}{work['unit']}/s",
+        span(times.p20, times.p80),
+        si(result["work"]["amount"] / times.median).rstrip(),
         "–" if share is None else f"{100 * share:.0f} %",
         "" if row is own or mine is None else comparison(times.median / mine.median, bool(row["ours"])),
     ]
-    if with_memory:
-        memory = row.get("memory") or {}
-        found = memory.get("peak_extra_bytes")
-        cells.append("–" if found is None else f"{size(found)} ({size(memory['result_bytes'])} results)")
-    return [*cells, "for orientation: computes something else" if row["orientation"] else ""]
+    if memory:
+        found = row.get("memory") or {}
+        peak = found.get("peak_extra_bytes")
+        cells.append("" if peak is None else f"{size(peak)}, {size(found['result_bytes'])} of it results")
+    return cells
 
 
-def _add_backward(
-    table: Table, part: str, seconds: Mapping[str, float], results: list[Any], with_memory: bool
-) -> None:
+def _add_backward(table: Table, seconds: Mapping[str, float], results: list[Any], memory: bool) -> None:
     own = main_row(results[0])
     mine = None if own is None else seconds.get(own["name"])
     for index, (name, value) in enumerate(seconds.items()):
         ratio = "" if mine is None or mine <= 0 or (own and name == own["name"]) else comparison(value / mine)
-        cells = [
-            duration(value),
-            "",
-            "",
-            "",
-            ratio,
-            *([""] if with_memory else []),
-            "derived" if index == 0 else "",
-        ]
-        table.add_row(part if index == 0 else "", escape(name), *cells)
+        cells = [duration(value), "", "", "", ratio, *([""] if memory else [])]
+        table.add_row("bwd, derived" if index == 0 else "", escape(name), *cells)
+
+
+def _remarks(results: list[Any]) -> list[str]:
+    """A line for everything that a table does not show: contenders that were not timed, and why."""
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for result in results:
+        for row in result["contenders"]:
+            if row["status"] != "timed":
+                key = (row["name"], row["status"], row["reason"])
+                lines.setdefault(key, []).append(SHORT.get(result["part"], result["part"]))
+    remarks = []
+    for (name, status, reason), parts in lines.items():
+        where = "" if len(parts) == len(results) else f" ({', '.join(parts)})"
+        line = f"{escape(name)}{where}: {status}: {escape(reason)}"
+        remarks.append(f"[red]{line}[/red]" if status in ("wrong", "failed") else line)
+    if any(row["orientation"] for row in results[0]["contenders"]):
+        remarks.append("* for orientation: computes something else")
+    if results[0]["note"]:
+        remarks.append(escape(results[0]["note"]))
+    return remarks
 
 
 def comparison(ratio: float, ours: bool = False) -> str:
@@ -199,5 +206,7 @@ def _target_table(record: Mapping[str, Any], clock: str) -> Table:
         for target in result["targets"]:
             found = outcome(record, result, target, clock)
             case = f"{result['op']} {result['case']} {result['dtype']}"
-            table.add_row(case, result["part"], found.text, found.wanted, found.found, words[found.met])
+            wanted = "the same" if found.wanted == found.text else found.wanted
+            part = SHORT.get(result["part"], result["part"])
+            table.add_row(case, part, found.text, wanted, found.found, words[found.met])
     return table

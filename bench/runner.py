@@ -85,26 +85,26 @@ def _check_all(case: Case, inputs: Inputs, settings: Settings) -> dict[str, Verd
         if contender.compiled and not settings.compile:
             verdicts[contender.name] = Verdict(SKIPPED, "torch.compile takes its time: --compile includes it")
             continue
-        seconds = (3 if case.gradients else 1) * (floor_seconds(contender.cost, settings.rates) or 0.0)
-        if seconds > settings.patience:
-            why = f"would take at least {seconds:.0f} s a call on this machine: --patience includes it"
-            verdicts[contender.name] = Verdict(SKIPPED, why)
-            continue
         try:
             if build not in references:
                 references[build] = compute_expected(case, inputs, build)
         except Exception as error:
             verdicts[contender.name] = Verdict(FAILED, f"no reference to check against: {_one_line(error)}")
             continue
-        verdicts[contender.name] = _check_one(case, contender, inputs, references[build])
+        verdicts[contender.name] = _check_one(case, contender, inputs, references[build], settings)
         gc.collect()
     return verdicts
 
 
-def _check_one(case: Case, contender: Contender, inputs: Inputs, expected: Expected) -> Verdict:
+def _check_one(
+    case: Case, contender: Contender, inputs: Inputs, expected: Expected, settings: Settings
+) -> Verdict:
     allowed = case.allowed_error if contender.tolerance is None else contender.tolerance
+    skipped = skipped_parts(case, contender, settings)
+    if len(skipped) == len(case.parts):
+        return Verdict(SKIPPED, next(iter(skipped.values())))
     try:
-        errors = check(case, contender, inputs, expected)
+        errors = check(case, contender, inputs, expected, backward=BOTH not in skipped)
     except (UnavailableError, NotImplementedError) as error:
         return Verdict(UNAVAILABLE, _one_line(error))
     except Exception as error:
@@ -115,6 +115,16 @@ def _check_one(case: Case, contender: Contender, inputs: Inputs, expected: Expec
         text = ", ".join(f"{name} {error:.2g}" for name, error in worst)
         return Verdict(WRONG, f"relative error above {allowed:g}: {text}", errors, allowed)
     return Verdict(TIMED, "", errors, allowed)
+
+
+def skipped_parts(case: Case, contender: Contender, settings: Settings) -> dict[str, str]:
+    """Parts that the contender cannot do, or that would try the run's patience, with the reason."""
+    skipped = {part: why for part, why in contender.skip_parts.items() if part in case.parts}
+    for part in case.parts:
+        seconds = floor_seconds(contender.cost.get(part, {}), settings.rates) or 0.0
+        if seconds > settings.patience:
+            skipped[part] = f"would take about {seconds:.0f} s a call on this machine; --patience includes it"
+    return skipped
 
 
 def _run_part(
@@ -138,8 +148,9 @@ def _run_part(
         rows.append(row)
         if verdict.status != TIMED:
             continue
-        if part in contender.skip_parts:
-            row |= {"status": SKIPPED, "reason": contender.skip_parts[part]}
+        skipped = skipped_parts(case, contender, settings)
+        if part in skipped:
+            row |= {"status": SKIPPED, "reason": skipped[part]}
             continue
         try:
             runners.append((row, _runner(case, part, contender, inputs)))
@@ -150,7 +161,7 @@ def _run_part(
         row["samples"] = {"wall": runner.wall, "cpu": runner.cpu}
         row["calls_per_sample"] = runner.calls_per_sample
     runners.clear()
-    if case.memory and settings.memory:
+    if case.memory and settings.memory and part == case.parts[-1]:
         _add_memory(case, part, rows, settings.threads)
     work = case.work[part]
     return {
@@ -187,13 +198,19 @@ def _runner(case: Case, part: str, contender: Contender, inputs: Inputs) -> timi
 
 
 def _add_memory(case: Case, part: str, rows: list[dict[str, Any]], threads: int) -> None:
-    for contender, row in zip(case.contenders, rows, strict=True):
-        if row["status"] == TIMED:
-            answer = measure_in_child(case, part, contender, threads)
-            row["memory"] = {"reason": answer} if isinstance(answer, str) else answer
+    timed = [row for row in rows if row["status"] == TIMED]
+    answer = measure_in_child(case, part, [row["name"] for row in timed], threads)
+    for row in timed:
+        row["memory"] = {"reason": answer} if isinstance(answer, str) else answer[row["name"]]
 
 
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
-    return text if isinstance(error, UnavailableError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, NotImplementedError):  # the dispatcher's text goes on for pages
+        text = text.partition(". ")[0]
+    return (
+        text
+        if isinstance(error, (UnavailableError, NotImplementedError))
+        else f"{type(error).__name__}: {text}"
+    )

@@ -24,8 +24,9 @@ def cases() -> list[Case]:
     found = []
     for dtype in ("fp32", "bf16"):
         found += [
-            _sequence(dtype, 2, 512, 512, quick=dtype == "fp32"),
-            _sequence(dtype, 1, 2048, 512, quick=dtype == "bf16"),
+            _sequence(dtype, 1, 512, 256, quick=True),
+            _sequence(dtype, 2, 512, 512),
+            _sequence(dtype, 1, 2048, 512),
             _sequence(dtype, 1, 4096, 2048),
             _decode(dtype, 1, 4608, quick=True),
             _decode(dtype, 64, 4608),

@@ -39,7 +39,7 @@ def _inputs(dtype: str, T: int, h: int, V: int) -> Inputs:
 
 def _loss(dtype: str, T: int, h: int, V: int, *, quick: bool = False) -> Case:
     product = "dot" if dtype == "bf16" else "fma"
-    cost = {f"mm_{dtype}": 2.0 * T * h * V}
+    cost = {FORWARD: {f"mm_{dtype}": 2.0 * T * h * V}, BOTH: {f"mm_{dtype}": 6.0 * T * h * V}}
     targets = (
         Target(BOTH, "rate", _RATES[dtype]),
         Target(BOTH, "speedup", _SPEEDUPS[dtype], CHUNKED),
@@ -70,13 +70,13 @@ def _loss(dtype: str, T: int, h: int, V: int, *, quick: bool = False) -> Case:
         gradients=("hidden", "weight"),
         targets=targets if V >= 32000 else (),
         quick=quick,
-        memory=True,
+        memory=not quick or dtype == "fp32",
     )
 
 
 def _score(dtype: str, T: int, h: int, V: int) -> Case:
     product = "dot" if dtype == "bf16" else "fma"
-    cost = {f"mm_{dtype}": 2.0 * T * h * V}
+    cost = {FORWARD: {f"mm_{dtype}": 2.0 * T * h * V}}
     return Case(
         op="slm_loss",
         name=f"score_T{T}_h{h}_V{V}",
