@@ -224,7 +224,7 @@ def _run(
             (o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for o in outputs if o.requires_grad
         )
         assert isinstance(loss, Tensor)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return [o.detach() for o in outputs], copies
 
 

@@ -125,7 +125,7 @@ class _Step:
     def _forward_backward(self, input_ids: Tensor) -> float:
         output = self.module(input_ids, labels=input_ids)
         loss: Tensor = output[0] if isinstance(output, tuple) else output.loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return float(loss.detach())
 
 

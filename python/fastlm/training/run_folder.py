@@ -70,7 +70,7 @@ def create_run(out: Path, config: TrainConfig, *, dtype: str, threads: int) -> t
             config=config,
             dtype=dtype,  # type: ignore[arg-type]
             threads=threads,
-            environment=describe_environment(),  # type: ignore[arg-type]
+            environment=describe_environment(),
         )
         record.save(out)
     except OSError as error:

@@ -25,7 +25,7 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str, vocab_size: int, *, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
         self.dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        self.pending: list[npt.NDArray[np.unsignedinteger]] = []  # type: ignore[type-arg]
+        self.pending: list[npt.NDArray[np.unsignedinteger]] = []
         self.pending_tokens = 0
         self.shards = 0
         self.documents: list[tuple[int, int, int, int]] = []

@@ -255,7 +255,7 @@ class Trainer:
         nats = 0.0
         for row in rows:
             loss = row_loss(self.model, row, self.record.dtype)
-            (loss / targets).backward()  # type: ignore[no-untyped-call]
+            (loss / targets).backward()
             nats += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         if not (math.isfinite(nats) and math.isfinite(norm)):
