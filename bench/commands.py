@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser("plot", help="picture of a file (needs fastlm[bench])")
     plot.add_argument("file", type=Path)
+    plot.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     plot.add_argument("-o", "--output", type=Path, help="default: FILE with .png")
     return parser
 
@@ -261,6 +262,8 @@ def _plot(arguments: argparse.Namespace) -> int:
     from . import record
     from .plot import plot
 
-    path = plot(record.load(arguments.file), arguments.output or arguments.file.with_suffix(".png"))
+    path = plot(
+        record.load(arguments.file), arguments.output or arguments.file.with_suffix(".png"), arguments.clock
+    )
     print(path)
     return 0

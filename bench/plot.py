@@ -8,20 +8,22 @@ from typing import Any
 
 from .figures import duration, main_row, spread
 
-_OURS, _PEER = "#1f77b4", "#b0b0b0"
+_OURS, _PEER = "#1f77b4", "#a0a0a0"
 
 
-def bars(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, float, float, bool]]]]:
+def bars(
+    record: Mapping[str, Any], clock: str = "wall"
+) -> list[tuple[str, list[tuple[str, float, float, bool]]]]:
     """What is drawn: per case a title and `(contender, median seconds, ratio to fastlm, ours)`."""
     groups = []
     for result in record["results"]:
         own = main_row(result)
-        mine = None if own is None else spread(own)
+        mine = None if own is None else spread(own, clock)
         if mine is None:
             continue
         rows = []
         for row in result["contenders"]:
-            times = spread(row)
+            times = spread(row, clock)
             if times is not None:
                 rows.append((row["name"], times.median, times.median / mine.median, bool(row["ours"])))
         if len(rows) > 1:
@@ -29,7 +31,7 @@ def bars(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, float, fl
     return groups
 
 
-def plot(record: Mapping[str, Any], path: str | Path) -> Path:
+def plot(record: Mapping[str, Any], path: str | Path, clock: str = "wall") -> Path:
     """Writes the picture.
 
     Raises:
@@ -41,9 +43,9 @@ def plot(record: Mapping[str, Any], path: str | Path) -> Path:
     except ImportError as error:
         raise ImportError("bench plot needs matplotlib: pip install 'fastlm[bench]'") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    groups = bars(record)
+    groups = bars(record, clock)
     if not groups:
         raise ValueError("bench plot: the record must hold a case with fastlm and a peer, got none")
     heights = [len(rows) + 1.2 for _, rows in groups]
@@ -56,25 +58,34 @@ def plot(record: Mapping[str, Any], path: str | Path) -> Path:
         height_ratios=heights,
     )
     for axis, (title, rows) in zip(axes[:, 0], groups, strict=True):
-        positions = range(len(rows))
-        axis.barh(positions, [row[2] for row in rows], color=[_OURS if row[3] else _PEER for row in rows])
-        axis.set_yticks(positions, [row[0] for row in rows], fontsize=7)
-        for position, (_, seconds, ratio, _) in zip(positions, rows, strict=True):
-            axis.text(ratio, position, f" {duration(seconds)} ({ratio:.2g}x)", va="center", fontsize=6)
+        for position, (_, seconds, ratio, ours) in enumerate(rows):
+            color = _OURS if ours else _PEER
+            axis.hlines(position, min(1, ratio), max(1, ratio), color=color, linewidth=4)
+            axis.plot(ratio, position, "o", color=color, markersize=6)
+            axis.text(
+                max(1, ratio), position, f"   {duration(seconds)} ({ratio:.2g}x)", va="center", fontsize=6
+            )
+        axis.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=7)
         axis.invert_yaxis()
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}x"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.axvline(1, color="black", linewidth=0.6)
         axis.set_title(title, fontsize=8, loc="left", pad=2)
-        axis.margins(x=0.25)
+        axis.margins(x=0.25, y=0.25)
+        axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel(
-        "time relative to fastlm (log scale; right of the line: slower than fastlm)", fontsize=8
+        "time over fastlm's (log scale; right of the line: slower than fastlm)", fontsize=8
     )
-    settings = record["settings"]
-    figure.suptitle(
-        f"{record['machine']['cpu']}, {settings['threads']} threads, {record['software']['cpu_level']}",
-        fontsize=9,
+    threads = record["settings"]["threads"]
+    words = (
+        record["machine"]["cpu"],
+        f"{threads} thread(s)",
+        record["software"]["cpu_level"],
+        f"{clock} clock",
     )
+    figure.suptitle(", ".join(words), fontsize=9)
     figure.tight_layout()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
