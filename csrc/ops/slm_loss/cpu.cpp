@@ -1,10 +1,10 @@
-// slm_loss on CPU: checks -> parameters -> kernels of the CPU level in use. The loops over panels of the vocabulary and groups of
-// rows are here; the pieces of each step are handed to whichever thread is free, which changes no result.
+// slm_loss on CPU: checks -> parameters -> kernels of the CPU level in use. The forward pass needs no more than pieces of work
+// that know nothing of each other; the backward pass is a pipeline over panels of the vocabulary, so that no thread waits at the
+// end of a product. Sums run over fixed runs of rows or words in order: no result depends on the number of threads.
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
-#include "adapter/parallel.h"
+#include "adapter/pipeline.h"
 #include "adapter/tensor.h"
 #include "ops/slm_loss/checks.h"
 #include "ops/slm_loss/cpu/kernels.h"
@@ -12,25 +12,10 @@
 namespace fastlm::slm_loss {
 namespace {
 
-// Packed operands that are read again and again should stay in the last-level cache.
-constexpr int64_t kPanelBytes = int64_t{4} << 20;
-constexpr int64_t kGroupBytes = int64_t{8} << 20;
-constexpr int64_t kMaxPanel = 5 * kColumnBlock;
-constexpr int64_t kMaxGroup = 21 * kRowBlock;
+// Rows whose packed hidden states and block statistics the forward pass holds at a time.
+constexpr int64_t kChunk = 21 * kRowBlock;
 
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
-// Calls f(piece, piece + 1) for every piece; free threads take the next one.
-template <class F>
-void each_piece(int64_t pieces, const F& f) {
-  const int64_t workers = std::min<int64_t>(pieces, torch::stable::get_num_threads());
-  std::atomic<int64_t> next{0};
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t piece = next++; piece < pieces; piece = next++) f(piece, piece + 1);
-    }
-  });
-}
 
 // Tokens that count, and scratch memory that lives as long as the call.
 struct Work {
@@ -46,19 +31,18 @@ struct Work {
 };
 
 struct Sizes {
-  int64_t acc_bytes;  // also the size of a word
-  int64_t columns;    // N
-  int64_t elements;   // per word
-  int64_t words;      // of one row of h elements
+  int64_t operand_bytes;  // also the size of the accumulation type
+  int64_t columns;        // N
+  int64_t elements;       // per operand
+  int64_t depth;          // operands of one row of h values
   int64_t padded_hidden;
 };
 
-Sizes find_sizes(const Tensor& hidden) {
+Sizes find_sizes(ScalarType dtype, int64_t hidden_size) {
   const auto& pack = FASTLM_CPU_KERNELS(slm_loss_pack);
-  const int k = kernel_index(hidden.scalar_type());
-  const int64_t hidden_size = hidden.size(hidden.dim() - 1);
-  return {hidden.scalar_type() == ScalarType::Double ? 8 : 4, pack.columns[k], pack.elements[k],
-          ceil_div(hidden_size, pack.elements[k]), round_up(hidden_size, pack.columns[k])};
+  const int k = kernel_index(dtype);
+  return {dtype == ScalarType::Double ? 8 : 4, pack.columns[k], pack.elements[k], ceil_div(hidden_size, pack.elements[k]),
+          round_up(hidden_size, pack.columns[k])};
 }
 
 // hidden as (T, h): a view wherever the strides allow one.
@@ -69,13 +53,11 @@ Tensor as_rows(const Tensor& hidden) {
   return torch::stable::reshape(hidden, {tokens, hidden_size});
 }
 
+// Everything but the rows of this call; `most_rows` of them are held at a time.
 void fill(Params& p, Work& work, const Sizes& sizes, const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-          double softcap) {
+          double softcap, int64_t most_rows) {
   p.hidden_size = hidden.size(1);
   p.vocab = weight.size(0);
-  p.num_rows = static_cast<int64_t>(work.rows.size());
-  p.rows = work.rows.data();
-  p.labels = work.labels.data();
   p.hidden = hidden.data_ptr();
   p.hidden_row_stride = hidden.stride(0);
   p.hidden_col_stride = hidden.stride(1);
@@ -88,43 +70,15 @@ void fill(Params& p, Work& work, const Sizes& sizes, const Tensor& hidden, const
     p.bias_stride = bias->stride(0);
   }
   p.softcap = softcap;
-
-  // Equal panels and groups, no larger than the budgets say.
-  const int64_t row_bytes = std::max<int64_t>(1, sizes.words * sizes.acc_bytes);
-  const int64_t panel_limit = std::clamp(kPanelBytes / row_bytes / kColumnBlock * kColumnBlock, kColumnBlock, kMaxPanel);
-  p.panel_size = round_up(ceil_div(p.vocab, ceil_div(p.vocab, panel_limit)), kColumnBlock);
-  const int64_t group_limit = std::clamp(kGroupBytes / row_bytes / kRowBlock * kRowBlock, 4 * kRowBlock, kMaxGroup);
-  p.group_size = round_up(ceil_div(p.num_rows, ceil_div(p.num_rows, group_limit)), kRowBlock);
-
-  p.hidden_rows = work.bytes(round_up(sizes.words, sizes.columns) * p.group_size * sizes.acc_bytes);
-  p.weight_columns = work.bytes(p.panel_size * sizes.words * sizes.acc_bytes);
-  p.bias_packed = work.bytes(p.panel_size * sizes.acc_bytes);
+  p.capacity = round_up(most_rows, kRowBlock);
+  p.hidden_rows = work.bytes(round_up(sizes.depth, sizes.columns) * p.capacity * sizes.operand_bytes);
 }
 
-// Calls f(step) for every panel and, inside it, every group, with both packed.
-template <class F, class G>
-void each_step(const Params& p, ScalarType dtype, const F& step_body, const G& panel_end) {
-  const auto& pack = FASTLM_CPU_KERNELS(slm_loss_pack);
-  const int k = kernel_index(dtype);
-  const bool one_group = p.group_size >= p.num_rows;
-  for (int64_t v = 0; v < p.vocab; v += p.panel_size) {
-    const int64_t v_end = std::min(v + p.panel_size, p.vocab);
-    const Step panel{0, 0, v, v_end};
-    each_piece(ceil_div(v_end - v, kRowBlock), [&](int64_t begin, int64_t end) { pack.weight[k](p, panel, begin, end); });
-    for (int64_t r = 0; r < p.num_rows; r += p.group_size) {
-      const Step step{r, std::min(r + p.group_size, p.num_rows), v, v_end};
-      if (v == 0 || !one_group) {
-        each_piece(ceil_div(step.row_end - r, kRowBlock),
-                   [&](int64_t begin, int64_t end) { pack.hidden[k](p, step, begin, end); });
-      }
-      step_body(step);
-    }
-    panel_end(panel);
-  }
+void take_rows(Params& p, const Work& work, int64_t begin, int64_t end) {
+  p.num_rows = end - begin;
+  p.rows = work.rows.data() + begin;
+  p.labels = work.labels.data() + begin;
 }
-
-int64_t row_blocks(const Step& s) { return ceil_div(s.row_end - s.row_begin, kRowBlock); }
-int64_t column_blocks(const Step& s) { return ceil_div(s.vocab_end - s.vocab_begin, kColumnBlock); }
 
 std::vector<int64_t> shape_of(const Tensor& t) {
   const auto sizes = t.sizes();
@@ -149,38 +103,34 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   const Tensor nll = output();
   const Tensor lse = output();
   const Tensor entropy = return_entropy ? output() : no_tensor(acc, hidden);
-  if (work.rows.empty()) return {nll, lse, entropy};
+  const auto total = static_cast<int64_t>(work.rows.size());
+  if (total == 0) return {nll, lse, entropy};
 
   const Tensor flat = as_rows(hidden);
-  const Sizes sizes = find_sizes(hidden);
+  const Sizes sizes = find_sizes(dtype, flat.size(1));
   ForwardParams p{};
-  fill(p, work, sizes, flat, weight, bias, softcap);
+  const int64_t chunk = round_up(ceil_div(total, ceil_div(total, kChunk)), kRowBlock);
+  fill(p, work, sizes, flat, weight, bias, softcap, std::min(chunk, total));
   p.entropy = return_entropy;
-  const int64_t block_stats = p.panel_size / kColumnBlock * p.group_size * sizes.acc_bytes;
-  const int64_t row_stats = p.num_rows * sizes.acc_bytes;
-  p.block_max = work.bytes(block_stats);
-  p.block_sum = work.bytes(block_stats);
-  p.row_max = work.bytes(row_stats);
-  p.row_sum = work.bytes(row_stats);
-  p.row_label = work.bytes(row_stats);
-  if (return_entropy) {
-    p.block_weighted = work.bytes(block_stats);
-    p.row_weighted = work.bytes(row_stats);
-    p.entropy_out = entropy.data_ptr();
-  }
+  const int64_t blocks = ceil_div(p.vocab, kColumnBlock);
+  p.block_max = work.bytes(blocks * p.capacity * sizes.operand_bytes);
+  p.block_sum = work.bytes(blocks * p.capacity * sizes.operand_bytes);
+  if (return_entropy) p.block_weighted = work.bytes(blocks * p.capacity * sizes.operand_bytes);
+  p.label_logit = work.bytes(p.capacity * sizes.operand_bytes);
   p.nll = nll.data_ptr();
   p.lse = lse.data_ptr();
+  p.entropy_out = return_entropy ? entropy.data_ptr() : nullptr;
 
+  const auto& pack = FASTLM_CPU_KERNELS(slm_loss_pack);
   const auto& kernels = FASTLM_CPU_KERNELS(slm_loss_forward);
   const int k = kernel_index(dtype);
-  each_step(
-      p, dtype,
-      [&](const Step& s) {
-        each_piece(row_blocks(s) * column_blocks(s), [&](int64_t begin, int64_t end) { kernels.logits[k](p, s, begin, end); });
-        each_piece(row_blocks(s), [&](int64_t begin, int64_t end) { kernels.merge[k](p, s, begin, end); });
-      },
-      [](const Step&) {});
-  kernels.finish[k](p, Step{0, p.num_rows, 0, p.vocab}, 0, ceil_div(p.num_rows, kRowBlock));
+  for (int64_t begin = 0; begin < total; begin += chunk) {
+    take_rows(p, work, begin, std::min(begin + chunk, total));
+    const int64_t row_blocks = ceil_div(p.num_rows, kRowBlock);
+    run_pieces(row_blocks, [&](int64_t piece) { pack.hidden[k](p, piece); });
+    run_pieces(blocks, [&](int64_t piece) { kernels.logits[k](p, piece); });
+    run_pieces(row_blocks, [&](int64_t piece) { kernels.finish[k](p, piece); });
+  }
   return {nll, lse, entropy};
 }
 
@@ -202,6 +152,123 @@ void keep_rows_with_gradient(Work& work, const BackwardParams& p, const std::vec
   acc == ScalarType::Double ? any.template operator()<double>() : any.template operator()<float>();
 }
 
+// The backward pass over panels 0 .. n-1 of the vocabulary. Slot t of the pipeline holds five phases:
+//   dlogits(t-1)   pack columns(t)   dhidden(t-2)   dweight and dbias(t-2)   pack rows(t)
+// so that whatever a phase needs was begun at least one product earlier. Weights are double-buffered, dlogits triple.
+class Pipeline {
+ public:
+  Pipeline(const BackwardParams& params, const Sizes& sizes, Work& work, ScalarType dtype)
+      : p_(params),
+        pack_(FASTLM_CPU_KERNELS(slm_loss_pack)),
+        kernels_(FASTLM_CPU_KERNELS(slm_loss_backward)),
+        k_(kernel_index(dtype)),
+        row_blocks_(ceil_div(params.num_rows, kRowBlock)),
+        hidden_blocks_(ceil_div(params.padded_hidden, kColumnBlock)) {
+    // Wide enough for all threads to find work in one phase; sums run over pack.depth words at a time, however many there are.
+    const int64_t unit = pack_.depth[k_];
+    const int64_t wanted = ceil_div(2 * static_cast<int64_t>(torch::stable::get_num_threads()), row_blocks_);
+    size_ = unit * std::min({wanted, ceil_div(p_.vocab, unit), int64_t{8}});
+    panels_ = ceil_div(p_.vocab, size_);
+    const bool pairs = sizes.elements == 2;
+    const int64_t dlogits_bytes = size_ / sizes.elements * p_.capacity * sizes.operand_bytes;
+    for (int i = 0; i < 2; ++i) {
+      weight_columns_[i] = work.bytes(size_ * sizes.depth * sizes.operand_bytes);
+      bias_[i] = work.bytes(size_ * sizes.operand_bytes);
+      if (p_.dhidden == nullptr) continue;
+      weight_rows_[i] = work.bytes(size_ / sizes.elements * p_.padded_hidden * sizes.operand_bytes);
+    }
+    for (int i = 0; i < 3; ++i) {
+      if (!pairs || p_.dhidden != nullptr) dlogits_rows_[i] = work.bytes(dlogits_bytes);
+      dlogits_transposed_[i] = !pairs ? dlogits_rows_[i] : p_.dweight != nullptr ? work.bytes(dlogits_bytes) : nullptr;
+      if (p_.dbias != nullptr) dbias_blocks_[i] = work.bytes(row_blocks_ * size_ * sizes.operand_bytes);
+    }
+  }
+
+  void run() const {
+    run_pipeline(
+        1 + 5 * (panels_ + 2), [this](int64_t i) { return phase_at(i); },
+        [this](int64_t i, int64_t piece) { run_piece(i, piece); });
+  }
+
+ private:
+  enum Kind : int64_t { kDlogits, kPackColumns, kDhidden, kDweight, kPackRows };
+
+  static int64_t index(int64_t slot, Kind kind) { return slot < 0 ? 0 : 1 + 5 * slot + kind; }
+  static int64_t panel_of(int64_t slot, Kind kind) {
+    return kind == kDlogits ? slot - 1 : kind == kDhidden || kind == kDweight ? slot - 2 : slot;
+  }
+
+  Panel panel_at(int64_t i) const {
+    const int64_t begin = i * size_;
+    return {begin,
+            std::min(begin + size_, p_.vocab),
+            size_,
+            weight_columns_[i % 2],
+            bias_[i % 2],
+            weight_rows_[i % 2],
+            dlogits_rows_[i % 3],
+            dlogits_transposed_[i % 3],
+            dbias_blocks_[i % 3]};
+  }
+
+  Phase phase_at(int64_t i) const {
+    if (i == 0) return {row_blocks_, -1};  // hidden states
+    const int64_t slot = (i - 1) / 5;
+    const auto kind = static_cast<Kind>((i - 1) % 5);
+    const int64_t panel = panel_of(slot, kind);
+    if (panel < 0 || panel >= panels_) return {0, -1};
+    const int64_t words = std::min(size_, p_.vocab - panel * size_);
+    switch (kind) {
+      case kDlogits:  // its weights; its buffer was last read in slot - 2
+        return {row_blocks_ * ceil_div(words, kColumnBlock), index(slot - 1, kPackColumns)};
+      case kPackColumns:  // the buffer's last reader
+        return {ceil_div(words, kRowBlock), index(slot - 1, kDlogits)};
+      case kDhidden:  // the sum so far; dlogits and weights are older
+        return {p_.dhidden == nullptr ? 0 : row_blocks_ * hidden_blocks_, index(slot - 1, kDhidden)};
+      case kDweight:  // dlogits
+        return {weight_pieces(words) + bias_pieces(words), index(slot - 1, kDlogits)};
+      default:  // the buffer's last reader
+        return {p_.dhidden == nullptr ? 0 : ceil_div(words, kRowBlock), index(slot, kDhidden)};
+    }
+  }
+
+  int64_t weight_pieces(int64_t words) const { return p_.dweight == nullptr ? 0 : ceil_div(words, kRowBlock) * hidden_blocks_; }
+  int64_t bias_pieces(int64_t words) const { return p_.dbias == nullptr ? 0 : ceil_div(words, kColumnBlock); }
+
+  void run_piece(int64_t i, int64_t piece) const {
+    if (i == 0) return pack_.hidden[k_](p_, piece);
+    const auto kind = static_cast<Kind>((i - 1) % 5);
+    const Panel panel = panel_at(panel_of((i - 1) / 5, kind));
+    switch (kind) {
+      case kDlogits:
+        return kernels_.dlogits[k_](p_, panel, piece);
+      case kPackColumns:
+        return pack_.weight_columns[k_](p_, panel, piece);
+      case kDhidden:
+        return kernels_.dhidden[k_](p_, panel, piece);
+      case kDweight: {
+        const int64_t weights = weight_pieces(panel.end - panel.begin);
+        return piece < weights ? kernels_.dweight[k_](p_, panel, piece) : kernels_.dbias[k_](p_, panel, piece - weights);
+      }
+      default:
+        return pack_.weight_rows[k_](p_, panel, piece);
+    }
+  }
+
+  const BackwardParams& p_;
+  const PackKernels& pack_;
+  const BackwardKernels& kernels_;
+  int k_;
+  int64_t row_blocks_, hidden_blocks_;
+  int64_t size_, panels_;
+  void* weight_columns_[2] = {};
+  void* bias_[2] = {};
+  void* weight_rows_[2] = {};
+  void* dlogits_rows_[3] = {};
+  void* dlogits_transposed_[3] = {};
+  void* dbias_blocks_[3] = {};
+};
+
 std::tuple<Tensor, Tensor, Tensor> backward(OptionalTensor dnll, OptionalTensor dlse, OptionalTensor dentropy, Tensor hidden,
                                             Tensor weight, Tensor labels, OptionalTensor bias, Tensor lse, Tensor entropy,
                                             int64_t ignore_index, double softcap, bool need_dhidden, bool need_dweight,
@@ -211,7 +278,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(OptionalTensor dnll, OptionalTensor 
   check_backward(dnll, dlse, dentropy, hidden, labels, lse, entropy);
   const ScalarType dtype = hidden.scalar_type();
   const ScalarType acc = loss_dtype(hidden);
-  const int k = kernel_index(dtype);
   const std::vector<int64_t> values = label_values(op, labels, weight.size(0), ignore_index);
   need_dbias = need_dbias && bias.has_value();
 
@@ -230,58 +296,33 @@ std::tuple<Tensor, Tensor, Tensor> backward(OptionalTensor dnll, OptionalTensor 
   if (p.entropy) p.entropy_in = per_token(entropy);
   keep_rows_with_gradient(work, p, values, ignore_index, acc);
 
-  const bool none = work.rows.empty();
-  const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType type, bool complete) {
+  const auto total = static_cast<int64_t>(work.rows.size());
+  const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType type, bool written) {
     if (!needed) return no_tensor(type, hidden);
-    return complete && !none ? empty(shape, type, hidden) : zeros(shape, type, hidden);
+    return written ? empty(shape, type, hidden) : zeros(shape, type, hidden);
   };
   const Tensor dhidden = output(need_dhidden, shape_of(hidden), dtype, work.rows.size() == values.size());
-  const Tensor dweight = output(need_dweight, shape_of(weight), dtype, true);
-  const Tensor dbias = output(need_dbias, {weight.size(0)}, bias.has_value() ? bias->scalar_type() : acc, true);
-  if (none || !(need_dhidden || need_dweight || need_dbias)) return {dhidden, dweight, dbias};
+  const Tensor dweight = output(need_dweight, shape_of(weight), dtype, total > 0);
+  const Tensor dbias = output(need_dbias, {weight.size(0)}, bias.has_value() ? bias->scalar_type() : acc, total > 0);
+  if (total == 0 || !(need_dhidden || need_dweight || need_dbias)) return {dhidden, dweight, dbias};
 
   const Tensor flat = as_rows(hidden);
-  const Sizes sizes = find_sizes(hidden);
-  fill(p, work, sizes, flat, weight, bias, softcap);
+  const Sizes sizes = find_sizes(dtype, flat.size(1));
+  fill(p, work, sizes, flat, weight, bias, softcap, total);
+  take_rows(p, work, 0, total);
   p.padded_hidden = sizes.padded_hidden;
-  const bool pairs = sizes.elements == 2;
-  // Pairs of bf16 need two layouts where floats need one; each is half as large.
-  const int64_t dlogits_bytes = p.panel_size / sizes.elements * p.group_size * sizes.acc_bytes;
   if (need_dhidden) {
-    p.weight_rows = work.bytes(p.panel_size / sizes.elements * sizes.padded_hidden * sizes.acc_bytes);
-    p.dhidden_sum = work.bytes(round_up(p.num_rows, kRowBlock) * sizes.padded_hidden * sizes.acc_bytes);
+    p.dhidden_sum = work.bytes(p.capacity * sizes.padded_hidden * sizes.operand_bytes);
     p.dhidden = dhidden.data_ptr();
   }
   if (need_dweight) {
-    p.hidden_columns = pairs ? work.bytes(p.group_size / 2 * sizes.padded_hidden * sizes.acc_bytes) : p.hidden_rows;
-    p.dweight_sum = work.bytes(p.panel_size * sizes.padded_hidden * sizes.acc_bytes);
+    // Pairs of bf16 need two layouts where floats need one; each is half as large.
+    p.hidden_columns =
+        sizes.elements == 2 ? work.bytes(p.capacity / 2 * sizes.padded_hidden * sizes.operand_bytes) : p.hidden_rows;
     p.dweight = dweight.data_ptr();
   }
-  if (!pairs || need_dhidden) p.dlogits_rows = work.bytes(dlogits_bytes);
-  p.dlogits_transposed = pairs ? (need_dweight ? work.bytes(dlogits_bytes) : nullptr) : p.dlogits_rows;
-  if (need_dbias) {
-    p.dbias_sum = work.bytes((p.group_size / kRowBlock + 1) * p.panel_size * sizes.acc_bytes);
-    p.dbias = dbias.data_ptr();
-  }
-
-  const auto& kernels = FASTLM_CPU_KERNELS(slm_loss_backward);
-  const int64_t hidden_blocks = ceil_div(p.padded_hidden, kColumnBlock);
-  const auto run = [&](Backward kernel, const Step& s, int64_t pieces) {
-    each_piece(pieces, [&](int64_t begin, int64_t end) { kernel(p, s, begin, end); });
-  };
-  each_step(
-      p, dtype,
-      [&](const Step& s) {
-        run(kernels.dlogits[k], s, row_blocks(s) * column_blocks(s));
-        if (need_dhidden) run(kernels.dhidden[k], s, row_blocks(s) * hidden_blocks);
-        if (need_dweight) run(kernels.dweight[k], s, ceil_div(s.vocab_end - s.vocab_begin, kRowBlock) * hidden_blocks);
-        if (need_dbias) run(kernels.dbias[k], s, column_blocks(s));
-      },
-      [&](const Step& panel) {
-        if (!need_dweight && !need_dbias) return;
-        run(kernels.write_dweight[k], panel, ceil_div(panel.vocab_end - panel.vocab_begin, kRowBlock));
-      });
-  if (need_dhidden) run(kernels.write_dhidden[k], Step{0, p.num_rows, 0, p.vocab}, ceil_div(p.num_rows, kRowBlock));
+  if (need_dbias) p.dbias = dbias.data_ptr();
+  Pipeline(p, sizes, work, dtype).run();
   return {dhidden, dweight, dbias};
 }
 

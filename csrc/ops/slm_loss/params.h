@@ -1,7 +1,6 @@
 // What the kernels of slm_loss see: plain pointers and strides (in elements). Letters: T tokens, n tokens that count ("rows"), h
-// hidden size, V vocabulary. The work is cut into panels of the vocabulary and groups of rows; a panel of the weight and a group
-// of the hidden states lie packed in scratch memory, so that logits exist for one block at a time. All cuts are fixed: no result
-// depends on the number of threads.
+// hidden size, V vocabulary. Hidden states and a panel of the weight lie packed in scratch memory, and logits exist for one block
+// at a time.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +9,14 @@
 
 namespace fastlm::slm_loss {
 
-// A piece of work: kRowBlock rows x kColumnBlock columns of logits or of a gradient. Both are multiples of every level's tile.
+// Rows x columns of one product. Both are multiples of every level's tile.
 constexpr int64_t kRowBlock = 96;
 constexpr int64_t kColumnBlock = 192;
 
 // The problem, and what both passes keep packed. "acc" is the accumulation type: float, or double for double.
 struct Params {
   int64_t hidden_size, vocab;
-  int64_t num_rows;       // n
+  int64_t num_rows;       // n; of the chunk in the forward pass
   const int64_t* rows;    // (n,) positions in [0, T), ascending
   const int64_t* labels;  // (n,) in [0, V)
 
@@ -31,32 +30,19 @@ struct Params {
   double softcap;  // 0: none
   bool entropy;    // forward: wanted; backward: its gradient is not null
 
-  int64_t group_size;  // rows of a group, multiple of kRowBlock
-  int64_t panel_size;  // columns of a panel, multiple of kColumnBlock
-  // Packed for core/simd/packed_gemm.h; words and N are the level's.
-  void* hidden_rows;     // group, rows of A
-  void* hidden_columns;  // group, columns of B over h, k = rows; floats: the same memory
-  void* weight_columns;  // panel, columns of B over V, k = h
-  void* weight_rows;     // panel, columns of B over h, k = V; null when no gradient of hidden is wanted
-  void* bias_packed;     // (panel_size,) acc
-};
-
-// One step: a group of rows [row_begin, row_end) and a panel [vocab_begin, vocab_end).
-struct Step {
-  int64_t row_begin, row_end;
-  int64_t vocab_begin, vocab_end;
+  // Packed hidden states, see core/simd/packed_gemm.h; capacity: n rounded up to kRowBlock.
+  int64_t capacity;
+  void* hidden_rows;     // rows of A
+  void* hidden_columns;  // columns of B over h, k = rows; floats: the same memory; null when no gradient of weight is wanted
 };
 
 struct ForwardParams : Params {
-  // (panel_size / kColumnBlock, group_size) acc: maximum, sum of exponentials, and sum of (z - maximum) times them, of one block
+  // (V / kColumnBlock rounded up, capacity) acc: per row the maximum of one block of columns, the sum of e^(z - maximum), and the
+  // sum of (z - maximum) e^(z - maximum), the latter null without entropy
   void* block_max;
   void* block_sum;
   void* block_weighted;
-  // (n,) acc: the same over all panels so far, and the label's logit
-  void* row_max;
-  void* row_sum;
-  void* row_weighted;
-  void* row_label;
+  void* label_logit;  // (n,) acc
 
   void* nll;          // (T,) acc
   void* lse;          // (T,) acc
@@ -70,16 +56,23 @@ struct BackwardParams : Params {
   const void* lse;         // (T,) acc
   const void* entropy_in;  // (T,) acc or null
 
-  void* dlogits_rows;        // panel x group: rows of A, k = V
-  void* dlogits_transposed;  // panel x group: transposed A, k = rows; floats: the same memory
-  void* dhidden_sum;         // (n rounded up to kRowBlock, padded_hidden) acc, or null
-  void* dweight_sum;         // (panel_size, padded_hidden) acc, or null
-  int64_t padded_hidden;     // h rounded up to whole tiles
-  void* dbias_sum;           // (blocks of rows of a group + 1, panel_size) acc, the last row being the total; or null
+  int64_t padded_hidden;  // h rounded up to whole tiles
+  void* dhidden_sum;      // (capacity, padded_hidden) acc
+  void* dhidden;          // (T, h) contiguous, or null
+  void* dweight;          // (V, h) contiguous, or null
+  void* dbias;            // (V,) in bias_dtype, or null
+};
 
-  void* dhidden;  // (T, h) contiguous, or null
-  void* dweight;  // (V, h) contiguous, or null
-  void* dbias;    // (V,) in bias_dtype, or null
+// Columns [begin, end) of the vocabulary and the buffers they use while they are worked on.
+struct Panel {
+  int64_t begin, end;
+  int64_t size;              // capacity in columns
+  void* weight_columns;      // columns of B over V, k = h
+  void* bias;                // (size,) acc
+  void* weight_rows;         // columns of B over h, k = V
+  void* dlogits_rows;        // rows of A, k = V
+  void* dlogits_transposed;  // transposed A, k = rows; floats: the same memory
+  void* dbias_blocks;        // (capacity / kRowBlock, size) acc: sums over one block of rows
 };
 
 }  // namespace fastlm::slm_loss

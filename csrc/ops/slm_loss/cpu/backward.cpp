@@ -1,8 +1,9 @@
 // Gradients of the per-token losses of a linear head. With the logits recomputed block by block and p_v = e^(z_v - lse):
 //   dz_v = p_v (dnll + dlse - dentropy (z_v - lse + entropy)) - [v = label] dnll,   times 1 - (z_v / softcap)^2 with a soft cap,
 //   dhidden = dz weight,  dweight = dz^T hidden,  dbias = column sums of dz.
-// One step fills dz for a panel of the vocabulary and a group of rows, then adds its share to dhidden (panels in order) and to
-// the panel's rows of dweight (groups in order), both in the accumulation type. Bound by three products, 6 n h V operations.
+// dz of a panel of the vocabulary is laid down for all rows; then dhidden takes its share (panels in order), and the panel's rows
+// of dweight are final. Sums are kept in the accumulation type. Bound by three products, 6 n h V operations.
+#include "core/scratch.h"
 #include "ops/slm_loss/cpu/kernels.h"
 #include "ops/slm_loss/cpu/logits.h"
 
@@ -12,7 +13,7 @@ namespace {
 using slm_loss::BackwardParams;
 using slm_loss::kColumnBlock;
 using slm_loss::kRowBlock;
-using slm_loss::Step;
+using slm_loss::Panel;
 
 template <class A>
 FASTLM_INLINE A value_at(const void* p, int64_t i) {
@@ -56,36 +57,35 @@ FASTLM_INLINE VecI bf16_bits(VecF v) {
   return (VecI)load(lane);
 }
 
-// dz of the block into the layouts of the two products; floats have one layout for both.
+// dz of the block into the layouts of the two products, from column `column` of the panel on; floats have one layout for both.
 template <class E>
-void emit(const BackwardParams& p, const Block& block, const operand_acc<E>* dz) {
+void emit(const BackwardParams& p, const Panel& panel, const Block& block, int64_t column, const operand_acc<E>* dz) {
   constexpr int64_t kN = kPackedColumns<E>;
-  const int64_t panels = ceil_div(block.columns, kN);
+  const int64_t tiles = ceil_div(block.columns, kN);
   if constexpr (depth_per_operand<E> == 1) {
-    E* to = static_cast<E*>(p.dlogits_rows) + (block.column / kN * p.group_size + block.row) * kN;
-    for (int64_t j = 0; j < panels; ++j) {
+    E* to = static_cast<E*>(panel.dlogits_rows) + (column / kN * p.capacity + block.row) * kN;
+    for (int64_t j = 0; j < tiles; ++j) {
       for (int64_t i = 0; i < block.rows * kN; i += kOperandLanes<E>) {
-        store(to + j * p.group_size * kN + i, load(dz + j * kRowBlock * kN + i));
+        store(to + j * p.capacity * kN + i, load(dz + j * kRowBlock * kN + i));
       }
     }
   } else {
-    auto* rows = static_cast<bfloat16*>(p.dlogits_rows);
-    E* transposed = static_cast<E*>(p.dlogits_transposed);
+    auto* rows = static_cast<bfloat16*>(panel.dlogits_rows);
+    E* transposed = static_cast<E*>(panel.dlogits_transposed);
     for (int64_t r = 0; r < block.rows; r += 2) {
       const bool last = r + 1 == block.rows;  // an odd number of rows: the pair's second half is 0
-      for (int64_t c = 0; c < panels * kN; c += kOperandLanes<E>) {
-        const VecF low = load(dz + block_offset<E>(r, c));
-        const VecF high = last ? VecF{} : load(dz + block_offset<E>(r + 1, c));
-        const int64_t column = block.column + c;
-        if (rows != nullptr) {  // a run of N words is 2 N columns
-          bfloat16* to = rows + ((column / (2 * kN)) * p.group_size + block.row + r) * 2 * kN + column % (2 * kN);
+      for (int64_t i = 0; i < tiles * kN; i += kOperandLanes<E>) {
+        const VecF low = load(dz + block_offset<E>(r, i));
+        const VecF high = last ? VecF{} : load(dz + block_offset<E>(r + 1, i));
+        const int64_t c = column + i;
+        if (rows != nullptr) {  // a run of N pairs is 2 N columns
+          bfloat16* to = rows + ((c / (2 * kN)) * p.capacity + block.row + r) * 2 * kN + c % (2 * kN);
           store(to, low);
           if (!last) store(to + 2 * kN, high);
         }
         if (transposed != nullptr) {
-          const VecI words = ((bf16_bits(low) >> 16) & 0xffff) | bf16_bits(high);
-          E* to = transposed + ((column / kN) * (p.group_size / 2) + (block.row + r) / 2) * kN + column % kN;
-          __builtin_memcpy(to, &words, sizeof(words));
+          const VecI pairs = ((bf16_bits(low) >> 16) & 0xffff) | bf16_bits(high);
+          __builtin_memcpy(transposed + ((c / kN) * (p.capacity / 2) + (block.row + r) / 2) * kN + c % kN, &pairs, sizeof(pairs));
         }
       }
     }
@@ -93,96 +93,35 @@ void emit(const BackwardParams& p, const Block& block, const operand_acc<E>* dz)
 }
 
 template <class E>
-void add_columns(const operand_acc<E>* dz, const Block& block, operand_acc<E>* sums) {
-  using V = vec_t<operand_acc<E>>;
-  for (int64_t c = 0; c < ceil_div(block.columns, kOperandLanes<E>) * kOperandLanes<E>; c += kOperandLanes<E>) {
-    V sum = {};
+void add_rows(const operand_acc<E>* dz, const Block& block, operand_acc<E>* sums) {
+  for (int64_t c = 0; c < block.columns; c += kOperandLanes<E>) {
+    vec_t<operand_acc<E>> sum = {};
     for (int64_t r = 0; r < block.rows; ++r) sum += load(dz + block_offset<E>(r, c));
     store(sums + c, sum);
   }
 }
 
 template <class E>
-void dlogits(const BackwardParams& p, const Step& s, int64_t begin, int64_t end) {
+void dlogits(const BackwardParams& p, const Panel& panel, int64_t piece) {
   using A = operand_acc<E>;
   constexpr int64_t kN = kPackedColumns<E>;
-  for (int64_t piece = begin; piece < end; ++piece) {
-    const Block block = find_block(s, piece);
-    A* z = block_logits<E>(p, block);
-    const int64_t columns = ceil_div(block.columns, kN) * kN;
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const int64_t row = s.row_begin + block.row + r;
-      const int64_t label = p.labels[row] - s.vocab_begin - block.column;
-      row_gradient<E>(p, z, r, columns, p.rows[row], label);
-      // Columns of no token: their weights are 0, but so must be their gradient (with a soft cap it is 0 times infinity so far).
-      for (int64_t c = block.columns; c < columns; ++c) z[block_offset<E>(r, c)] = A(0);
-    }
-    if (p.dbias_sum != nullptr) {
-      add_columns<E>(z, block, static_cast<A*>(p.dbias_sum) + block.row / kRowBlock * p.panel_size + block.column);
-    }
-    emit<E>(p, block, z);
+  const int64_t across = ceil_div(panel.end - panel.begin, kColumnBlock);
+  const int64_t row = piece / across * kRowBlock;
+  const int64_t column = piece % across * kColumnBlock;
+  const Block block{row, min_of(kRowBlock, p.num_rows - row), min_of(kColumnBlock, panel.end - panel.begin - column)};
+  const int64_t columns = ceil_div(block.columns, kN) * kN;
+  A* z = static_cast<A*>(thread_scratch(sizeof(A) * kBlockSize));
+  block_logits<E>(p, block, static_cast<const E*>(panel.weight_columns) + column * operand_depth<E>(p.hidden_size),
+                  static_cast<const A*>(panel.bias) + column, z);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    row_gradient<E>(p, z, r, columns, p.rows[row + r], p.labels[row + r] - panel.begin - column);
+    // Columns of no word: their weights are 0, but so must be their gradient (with a soft cap it is 0 times infinity so far).
+    for (int64_t c = block.columns; c < columns; ++c) z[block_offset<E>(r, c)] = A(0);
   }
-}
-
-template <class E>
-void dhidden(const BackwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  constexpr int64_t kN = kPackedColumns<E>;
-  const int64_t across = ceil_div(p.padded_hidden, kColumnBlock);
-  for (int64_t piece = begin; piece < end; ++piece) {
-    const int64_t row = piece / across * kRowBlock;
-    const int64_t column = piece % across * kColumnBlock;
-    const int64_t rows = min_of(kRowBlock, s.row_end - s.row_begin - row);
-    PackedProduct<E> product{};
-    product.a = static_cast<const E*>(p.dlogits_rows) + row * kN;
-    product.a_stride = p.group_size * kN;
-    product.b_panel_stride = p.panel_size / depth_per_operand<E> * kN;
-    product.b = static_cast<const E*>(p.weight_rows) + column / kN * product.b_panel_stride;
-    product.c = static_cast<operand_acc<E>*>(p.dhidden_sum) + (s.row_begin + row) * p.padded_hidden + column;
-    product.c_row_stride = p.padded_hidden;
-    product.c_panel_stride = kN;
-    product.depth = ceil_div(s.vocab_end - s.vocab_begin, depth_per_operand<E>);
-    product.rows = ceil_div(rows, kPackedRows) * kPackedRows;
-    product.columns = min_of(kColumnBlock, p.padded_hidden - column);
-    product.add = s.vocab_begin > 0;
-    packed_multiply<E, PackedA::kRows>(product);
+  if (p.dbias != nullptr) {
+    add_rows<E>(z, block, static_cast<A*>(panel.dbias_blocks) + row / kRowBlock * panel.size + column);
   }
-}
-
-template <class E>
-void dweight(const BackwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  constexpr int64_t kN = kPackedColumns<E>;
-  const int64_t across = ceil_div(p.padded_hidden, kColumnBlock);
-  const int64_t panel_stride = p.group_size / depth_per_operand<E> * kN;
-  for (int64_t piece = begin; piece < end; ++piece) {
-    const int64_t row = piece / across * kRowBlock;
-    const int64_t column = piece % across * kColumnBlock;
-    const int64_t rows = min_of(kRowBlock, s.vocab_end - s.vocab_begin - row);
-    PackedProduct<E> product{};
-    product.a = static_cast<const E*>(p.dlogits_transposed) + row / kN * panel_stride;
-    product.a_stride = panel_stride;
-    product.b = static_cast<const E*>(p.hidden_columns) + column / kN * panel_stride;
-    product.b_panel_stride = panel_stride;
-    product.c = static_cast<operand_acc<E>*>(p.dweight_sum) + row * p.padded_hidden + column;
-    product.c_row_stride = p.padded_hidden;
-    product.c_panel_stride = kN;
-    product.depth = ceil_div(s.row_end - s.row_begin, depth_per_operand<E>);
-    product.rows = ceil_div(rows, kPackedRows) * kPackedRows;
-    product.columns = min_of(kColumnBlock, p.padded_hidden - column);
-    product.add = s.row_begin > 0;
-    packed_multiply<E, PackedA::kTransposed>(product);
-  }
-}
-
-template <class A>
-void dbias(const BackwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  const A* sums = static_cast<const A*>(p.dbias_sum);
-  A* total = static_cast<A*>(p.dbias_sum) + p.group_size / kRowBlock * p.panel_size;
-  const int64_t blocks = ceil_div(s.row_end - s.row_begin, kRowBlock);
-  for (int64_t c = begin * kColumnBlock; c < min_of(end * kColumnBlock, s.vocab_end - s.vocab_begin); ++c) {
-    A sum = s.row_begin > 0 ? total[c] : A(0);
-    for (int64_t b = 0; b < blocks; ++b) sum += sums[b * p.panel_size + c];
-    total[c] = sum;
-  }
+  emit<E>(p, panel, block, column, z);
 }
 
 template <class T>
@@ -191,10 +130,59 @@ void write_row(const acc_t<T>* from, T* to, int64_t n) {
 }
 
 template <class T>
-void write_dhidden(const BackwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  for (int64_t row = begin * kRowBlock; row < min_of(end * kRowBlock, s.row_end); ++row) {
-    write_row<T>(static_cast<const acc_t<T>*>(p.dhidden_sum) + row * p.padded_hidden,
-                 static_cast<T*>(p.dhidden) + p.rows[row] * p.hidden_size, p.hidden_size);
+void dhidden(const BackwardParams& p, const Panel& panel, int64_t piece) {
+  using E = operand_t<T>;
+  constexpr int64_t kN = kPackedColumns<E>;
+  const int64_t across = ceil_div(p.padded_hidden, kColumnBlock);
+  const int64_t row = piece / across * kRowBlock;
+  const int64_t column = piece % across * kColumnBlock;
+  const int64_t rows = min_of(kRowBlock, p.num_rows - row);
+  acc_t<T>* sum = static_cast<acc_t<T>*>(p.dhidden_sum) + row * p.padded_hidden + column;
+  PackedProduct<E> product{};
+  product.a = static_cast<const E*>(panel.dlogits_rows) + row * kN;
+  product.a_stride = p.capacity * kN;
+  product.b_panel_stride = panel.size / depth_per_operand<E> * kN;
+  product.b = static_cast<const E*>(panel.weight_rows) + column / kN * product.b_panel_stride;
+  product.c = sum;
+  product.c_row_stride = p.padded_hidden;
+  product.c_panel_stride = kN;
+  product.depth = operand_depth<E>(panel.end - panel.begin);
+  product.rows = ceil_div(rows, kPackedRows) * kPackedRows;
+  product.columns = min_of(kColumnBlock, p.padded_hidden - column);
+  product.add = panel.begin > 0;
+  packed_multiply<E, PackedA::kRows>(product);
+  if (panel.end < p.vocab) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    write_row<T>(sum + r * p.padded_hidden, static_cast<T*>(p.dhidden) + p.rows[row + r] * p.hidden_size + column,
+                 min_of(kColumnBlock, p.hidden_size - column));
+  }
+}
+
+template <class T>
+void dweight(const BackwardParams& p, const Panel& panel, int64_t piece) {
+  using E = operand_t<T>;
+  constexpr int64_t kN = kPackedColumns<E>;
+  const int64_t across = ceil_div(p.padded_hidden, kColumnBlock);
+  const int64_t word = piece / across * kRowBlock;
+  const int64_t column = piece % across * kColumnBlock;
+  const int64_t words = min_of(kRowBlock, panel.end - panel.begin - word);
+  const int64_t stride = p.capacity / depth_per_operand<E> * kN;
+  acc_t<T>* sum = static_cast<acc_t<T>*>(thread_scratch(sizeof(acc_t<T>) * kBlockSize));
+  PackedProduct<E> product{};
+  product.a = static_cast<const E*>(panel.dlogits_transposed) + word / kN * stride;
+  product.a_stride = stride;
+  product.b = static_cast<const E*>(p.hidden_columns) + column / kN * stride;
+  product.b_panel_stride = stride;
+  product.c = sum;
+  product.c_row_stride = kColumnBlock;
+  product.c_panel_stride = kN;
+  product.depth = operand_depth<E>(p.num_rows);
+  product.rows = ceil_div(words, kPackedRows) * kPackedRows;
+  product.columns = min_of(kColumnBlock, p.padded_hidden - column);
+  packed_multiply<E, PackedA::kTransposed>(product);
+  for (int64_t r = 0; r < words; ++r) {
+    write_row<T>(sum + r * kColumnBlock, static_cast<T*>(p.dweight) + (panel.begin + word + r) * p.hidden_size + column,
+                 min_of(kColumnBlock, p.hidden_size - column));
   }
 }
 
@@ -216,18 +204,13 @@ FASTLM_INLINE void store_param(void* p, DType dtype, int64_t i, A value) {
   }
 }
 
-template <class T>
-void write_dweight(const BackwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const A* dbias_total =
-      p.dbias == nullptr ? nullptr : static_cast<const A*>(p.dbias_sum) + p.group_size / kRowBlock * p.panel_size;
-  for (int64_t r = begin * kRowBlock; r < min_of(end * kRowBlock, s.vocab_end - s.vocab_begin); ++r) {
-    const int64_t v = s.vocab_begin + r;
-    if (p.dweight != nullptr) {
-      write_row<T>(static_cast<const A*>(p.dweight_sum) + r * p.padded_hidden, static_cast<T*>(p.dweight) + v * p.hidden_size,
-                   p.hidden_size);
-    }
-    if (dbias_total != nullptr) store_param(p.dbias, p.bias_dtype, v, dbias_total[r]);
+template <class A>
+void dbias(const BackwardParams& p, const Panel& panel, int64_t piece) {
+  const A* blocks = static_cast<const A*>(panel.dbias_blocks);
+  for (int64_t c = piece * kColumnBlock; c < min_of((piece + 1) * kColumnBlock, panel.end - panel.begin); ++c) {
+    A sum = A(0);
+    for (int64_t b = 0; b < ceil_div(p.num_rows, kRowBlock); ++b) sum += blocks[b * panel.size + c];
+    store_param(p.dbias, p.bias_dtype, panel.begin + c, sum);
   }
 }
 
@@ -236,11 +219,9 @@ void write_dweight(const BackwardParams& p, const Step& s, int64_t begin, int64_
 extern const slm_loss::BackwardKernels slm_loss_backward;
 const slm_loss::BackwardKernels slm_loss_backward = {
     {dlogits<operand_t<float>>, dlogits<operand_t<bfloat16>>, dlogits<operand_t<float16>>, dlogits<operand_t<double>>},
-    {dhidden<operand_t<float>>, dhidden<operand_t<bfloat16>>, dhidden<operand_t<float16>>, dhidden<operand_t<double>>},
-    {dweight<operand_t<float>>, dweight<operand_t<bfloat16>>, dweight<operand_t<float16>>, dweight<operand_t<double>>},
+    {dhidden<float>, dhidden<bfloat16>, dhidden<float16>, dhidden<double>},
+    {dweight<float>, dweight<bfloat16>, dweight<float16>, dweight<double>},
     {dbias<float>, dbias<float>, dbias<float>, dbias<double>},
-    {write_dhidden<float>, write_dhidden<bfloat16>, write_dhidden<float16>, write_dhidden<double>},
-    {write_dweight<float>, write_dweight<bfloat16>, write_dweight<float16>, write_dweight<double>},
 };
 
 }  // namespace fastlm::FASTLM_CPU_LEVEL

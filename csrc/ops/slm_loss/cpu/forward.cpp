@@ -1,9 +1,11 @@
-// Per-token negative log-likelihood of a linear head: lse = log sum_v exp(z_v), nll = lse - z_label, entropy = lse - sum_v p_v
-// z_v. Each block of logits leaves its maximum m, sum of e^(z-m) and sum of (z-m) e^(z-m) per row; they are merged in the order
-// of the vocabulary. Bound by the product (2 T h V operations); the exponentials run over a block that is still in the
-// second-level cache.
+// Per-token negative log-likelihood of a linear head: lse = log sum_v e^z_v, nll = lse - z_label, entropy = lse - sum_v p_v z_v.
+// A piece of work packs a block of the vocabulary for itself and meets all rows with it; each block of logits leaves its maximum
+// m, its sum of e^(z-m) and of (z-m) e^(z-m) per row, which are added up in the order of the vocabulary. Bound by the product (2
+// n h V operations); the exponentials run over a block that is still in the second-level cache.
+#include "core/scratch.h"
 #include "ops/slm_loss/cpu/kernels.h"
 #include "ops/slm_loss/cpu/logits.h"
+#include "ops/slm_loss/cpu/pack.h"
 
 namespace fastlm::FASTLM_CPU_LEVEL {
 namespace {
@@ -11,30 +13,21 @@ namespace {
 using slm_loss::ForwardParams;
 using slm_loss::kColumnBlock;
 using slm_loss::kRowBlock;
-using slm_loss::Step;
 
-// What a maximum subtracts: itself, or 0 when every logit is -inf.
-template <class A>
-FASTLM_INLINE A reference_of(A maximum) {
-  return maximum == -static_cast<A>(__builtin_inff()) ? A(0) : maximum;
-}
-
-// e^(from - to) for two maxima, 0 if there is nothing at `from`.
-template <class A>
-FASTLM_INLINE A rescale(A from, A to) {
-  using V = typename VectorOf<A>::type;
-  if (from == -static_cast<A>(__builtin_inff())) return A(0);
-  return exp(broadcast<V>(from - to))[0];
+// What is subtracted before exponentiating: the maximum, or 0 where every logit is -inf.
+template <class V>
+FASTLM_INLINE V reference_of(V maximum) {
+  return maximum == -static_cast<typename ScalarOf<V>::type>(__builtin_inff()) ? V{} : maximum;
 }
 
 template <class E>
 void row_statistics(const ForwardParams& p, const operand_acc<E>* z, int64_t row, int64_t columns, int64_t at) {
   using A = operand_acc<E>;
-  using V = vec_t<operand_acc<E>>;
+  using V = vec_t<A>;
   V top = broadcast<V>(-static_cast<A>(__builtin_inff()));
   for (int64_t c = 0; c < columns; c += kOperandLanes<E>) top = max(load(z + block_offset<E>(row, c)), top);  // drops NaN
   const A maximum = reduce_max(top);
-  const V reference = broadcast<V>(reference_of(maximum));
+  const V reference = reference_of(broadcast<V>(maximum));
   V sum = {};
   V weighted = {};
   if (p.entropy) {
@@ -54,68 +47,63 @@ void row_statistics(const ForwardParams& p, const operand_acc<E>* z, int64_t row
   static_cast<A*>(p.block_sum)[at] = reduce_add(sum);
 }
 
-template <class E>
-void logits(const ForwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  using A = operand_acc<E>;
-  constexpr int64_t kN = kPackedColumns<E>;
-  for (int64_t piece = begin; piece < end; ++piece) {
-    const Block block = find_block(s, piece);
-    const A* z = block_logits<E>(p, block);
-    const int64_t columns = ceil_div(block.columns, kN) * kN;
+template <class T>
+void logits(const ForwardParams& p, int64_t piece) {
+  using E = operand_t<T>;
+  using A = acc_t<T>;
+  const int64_t begin = piece * kColumnBlock;
+  const int64_t end = min_of(begin + kColumnBlock, p.vocab);
+  const int64_t columns = ceil_div(end - begin, kPackedColumns<E>) * kPackedColumns<E>;
+  A* z = static_cast<A*>(
+      thread_scratch(sizeof(A) * (kBlockSize + kColumnBlock) + sizeof(E) * operand_depth<E>(p.hidden_size) * kColumnBlock));
+  A* bias = z + kBlockSize;
+  E* weight = reinterpret_cast<E*>(bias + kColumnBlock);
+  pack_columns<T, E>(weight_rows_of<T>(p, begin, end), weight, 0, columns);
+  pack_bias(p, begin, end, bias, 0, columns);
+  for (int64_t row = 0; row < p.num_rows; row += kRowBlock) {
+    const Block block{row, min_of(kRowBlock, p.num_rows - row), end - begin};
+    block_logits<E>(p, block, weight, bias, z);
     for (int64_t r = 0; r < block.rows; ++r) {
-      row_statistics<E>(p, z, r, columns, block.column / kColumnBlock * p.group_size + block.row + r);
-      const int64_t row = s.row_begin + block.row + r;
-      const int64_t label = p.labels[row] - s.vocab_begin - block.column;
-      if (label >= 0 && label < block.columns) static_cast<A*>(p.row_label)[row] = z[block_offset<E>(r, label)];
+      row_statistics<E>(p, z, r, columns, piece * p.capacity + row + r);
+      const int64_t label = p.labels[row + r] - begin;
+      if (label >= 0 && label < end - begin) static_cast<A*>(p.label_logit)[row + r] = z[block_offset<E>(r, label)];
     }
   }
 }
 
+// A vector of rows at once.
 template <class A>
-void merge(const ForwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  const int64_t blocks = ceil_div(s.vocab_end - s.vocab_begin, kColumnBlock);
+void finish(const ForwardParams& p, int64_t piece) {
+  using V = vec_t<A>;
   const A* block_max = static_cast<const A*>(p.block_max);
   const A* block_sum = static_cast<const A*>(p.block_sum);
   const A* block_weighted = static_cast<const A*>(p.block_weighted);
-  for (int64_t r = begin * kRowBlock; r < min_of(end * kRowBlock, s.row_end - s.row_begin); ++r) {
-    const int64_t row = s.row_begin + r;
-    const bool first = s.vocab_begin == 0;
-    A maximum = first ? -static_cast<A>(__builtin_inff()) : static_cast<A*>(p.row_max)[row];
-    A sum = first ? A(0) : static_cast<A*>(p.row_sum)[row];
-    A weighted = first || !p.entropy ? A(0) : static_cast<A*>(p.row_weighted)[row];
+  const int64_t blocks = ceil_div(p.vocab, kColumnBlock);
+  const int64_t end = min_of((piece + 1) * kRowBlock, p.num_rows);
+  for (int64_t row = piece * kRowBlock; row < end; row += lanes_of<A>) {
+    V top = broadcast<V>(-static_cast<A>(__builtin_inff()));
+    for (int64_t b = 0; b < blocks; ++b) top = max(load(block_max + b * p.capacity + row), top);
+    const V reference = reference_of(top);
+    V sum = {};
+    V weighted = {};
     for (int64_t b = 0; b < blocks; ++b) {
-      const A other = block_max[b * p.group_size + r];
-      const A top = maximum > other ? maximum : other;
-      const A keep = rescale(maximum, top);
-      const A take = rescale(other, top);
-      if (p.entropy) {
-        // sum of e^(z-top) (z-top): each part's (z-m) is off by m - top.
-        const A keep_shift = maximum == -static_cast<A>(__builtin_inff()) ? A(0) : maximum - top;
-        const A take_shift = other == -static_cast<A>(__builtin_inff()) ? A(0) : other - top;
-        weighted = keep * (weighted + keep_shift * sum) +
-                   take * (block_weighted[b * p.group_size + r] + take_shift * block_sum[b * p.group_size + r]);
-      }
-      sum = keep * sum + take * block_sum[b * p.group_size + r];
-      maximum = top;
+      const int64_t at = b * p.capacity + row;
+      const V t = shifted(load(block_max + at), reference);
+      const V scale = exp(t);
+      const V part = load(block_sum + at);
+      sum = fma(scale, part, sum);
+      if (p.entropy) weighted = fma(scale, fma(t, part, load(block_weighted + at)), weighted);
     }
-    static_cast<A*>(p.row_max)[row] = maximum;
-    static_cast<A*>(p.row_sum)[row] = sum;
-    if (p.entropy) static_cast<A*>(p.row_weighted)[row] = weighted;
-  }
-}
-
-template <class A>
-void finish(const ForwardParams& p, const Step& s, int64_t begin, int64_t end) {
-  using V = typename VectorOf<A>::type;
-  for (int64_t row = begin * kRowBlock; row < min_of(end * kRowBlock, s.row_end); ++row) {
-    const A maximum = static_cast<const A*>(p.row_max)[row];
-    const A sum = static_cast<const A*>(p.row_sum)[row];
-    const A log_sum = log(broadcast<V>(sum))[0];
-    const int64_t to = p.rows[row];
-    static_cast<A*>(p.lse)[to] = maximum + log_sum;
-    // Not lse - z: the maximum and the label's logit are close, and lse has lost what log_sum has below their last digit.
-    static_cast<A*>(p.nll)[to] = (maximum - static_cast<const A*>(p.row_label)[row]) + log_sum;
-    if (p.entropy) static_cast<A*>(p.entropy_out)[to] = log_sum - static_cast<const A*>(p.row_weighted)[row] / sum;
+    const V log_sum = log(sum);
+    const V lse = top + log_sum;
+    const V entropy = log_sum - weighted / sum;
+    for (int64_t i = 0; i < min_of(lanes_of<A>, end - row); ++i) {
+      const int64_t to = p.rows[row + i];
+      static_cast<A*>(p.lse)[to] = lse[i];
+      // Not lse - z: the maximum and the label's logit are close, and lse has lost what log_sum has below their last digit.
+      static_cast<A*>(p.nll)[to] = (top[i] - static_cast<const A*>(p.label_logit)[row + i]) + log_sum[i];
+      if (p.entropy) static_cast<A*>(p.entropy_out)[to] = entropy[i];
+    }
   }
 }
 
@@ -123,8 +111,7 @@ void finish(const ForwardParams& p, const Step& s, int64_t begin, int64_t end) {
 
 extern const slm_loss::ForwardKernels slm_loss_forward;
 const slm_loss::ForwardKernels slm_loss_forward = {
-    {logits<operand_t<float>>, logits<operand_t<bfloat16>>, logits<operand_t<float16>>, logits<operand_t<double>>},
-    {merge<float>, merge<float>, merge<float>, merge<double>},
+    {logits<float>, logits<bfloat16>, logits<float16>, logits<double>},
     {finish<float>, finish<float>, finish<float>, finish<double>},
 };
 

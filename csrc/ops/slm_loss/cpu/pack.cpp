@@ -1,165 +1,61 @@
-// Packs a group of hidden states and a panel of the weight for the products of both passes (layouts: core/simd/packed_gemm.h):
-// 16-bit values become floats, or pairs of bf16 where the CPU multiplies those. Takes any strides.
-#include "core/simd/packed_gemm.h"
-#include "core/simd/transpose.h"
+// The packing phases of slm_loss.
+#include "ops/slm_loss/cpu/pack.h"
+
 #include "ops/slm_loss/cpu/kernels.h"
 
 namespace fastlm::FASTLM_CPU_LEVEL {
 namespace {
 
 using slm_loss::kRowBlock;
+using slm_loss::Panel;
 using slm_loss::Params;
-using slm_loss::Step;
-
-// Row r of a matrix, r counted from the beginning of the group or panel; nothing beyond its end.
-template <class T>
-struct Rows {
-  const T* first;
-  const int64_t* index;  // null: consecutive
-  int64_t row_stride, col_stride;
-  int64_t count, columns;
-
-  FASTLM_INLINE const T* row(int64_t r) const {
-    if (r >= count) return nullptr;
-    return first + (index == nullptr ? r : index[r]) * row_stride;
-  }
-};
-
-// A vector of elements from column c of a row (null: zeros); zeros beyond the last column.
-template <class T>
-FASTLM_INLINE vec_t<T> read(const Rows<T>& from, const T* row, int64_t c) {
-  const int64_t n = from.columns - c;
-  if (row == nullptr || n <= 0) return zero<vec_t<T>>();
-  if (from.col_stride == 1) return load_upto(row + c, n);
-  acc_t<T> lane[lanes_of<T>] = {};
-  for (int64_t i = 0; i < n && i < lanes_of<T>; ++i) lane[i] = to_acc(row[(c + i) * from.col_stride]);
-  return load(lane);
-}
-
-// A vector of operands from operand k of a row.
-template <class T, class E>
-FASTLM_INLINE operand_vec<E> read_operands(const Rows<T>& from, const T* row, int64_t k) {
-  if constexpr (depth_per_operand<E> == 1) {
-    return read(from, row, k);
-  } else {
-    constexpr int64_t kValues = 2 * kLanesF;
-    const int64_t n = row == nullptr ? 0 : from.columns - 2 * k;
-    T lane[kValues] = {};
-    if (from.col_stride == 1 && n >= kValues) {
-      __builtin_memcpy(lane, row + 2 * k, sizeof(lane));
-    } else {
-      for (int64_t i = 0; i < n && i < kValues; ++i) lane[i] = row[(2 * k + i) * from.col_stride];
-    }
-    operand_vec<E> v;
-    __builtin_memcpy(&v, lane, sizeof(v));
-    return v;
-  }
-}
-
-template <class E, class V>
-FASTLM_INLINE void store_operands(E* to, V v) {
-  __builtin_memcpy(to, &v, sizeof(v));
-}
-
-// Rows of A: (k / N, capacity, N).
-template <class T, class E>
-void pack_rows(const Rows<T>& from, int64_t capacity, E* out, int64_t begin, int64_t end) {
-  constexpr int64_t kN = kPackedColumns<E>;
-  const int64_t depth = operand_depth<E>(from.columns);
-  for (int64_t r = begin; r < end; ++r) {
-    const T* row = from.row(r);
-    for (int64_t run = 0; run * kN < depth; ++run) {
-      E* to = out + (run * capacity + r) * kN;
-      for (int64_t i = 0; i < kN; i += kOperandLanes<E>) {
-        store_operands(to + i, read_operands<T, E>(from, row, run * kN + i));
-      }
-    }
-  }
-}
-
-// Columns of B that are the matrix's columns, its rows being k: (columns / N, capacity in operands, N).
-template <class T, class E>
-void pack_depths(const Rows<T>& from, int64_t capacity, E* out, int64_t begin, int64_t end) {
-  if constexpr (depth_per_operand<E> == 1) {
-    pack_rows<T, E>(from, capacity, out, begin, end);
-  } else {
-    constexpr int64_t kN = kPackedColumns<E>;
-    for (int64_t r = begin; r < end; r += 2) {
-      const T* low = from.row(r);
-      const T* high = from.row(r + 1);
-      for (int64_t c = 0; c < ceil_div(from.columns, kN) * kN; c += kLanesF) {
-        const VecI low_bits = ((VecI)read(from, low, c) >> 16) & 0xffff;
-        store_operands(out + ((c / kN) * (capacity / 2) + r / 2) * kN + c % kN, low_bits | (VecI)read(from, high, c));
-      }
-    }
-  }
-}
-
-// Columns of B that are the matrix's rows: (rows / N, k, N).
-template <class T, class E>
-void pack_columns(const Rows<T>& from, E* out, int64_t begin, int64_t end) {
-  constexpr int64_t kLanes = kOperandLanes<E>;
-  constexpr int64_t kN = kPackedColumns<E>;
-  using V = vec_t<operand_acc<E>>;  // bits are moved, not read: pairs may pose as floats
-  const int64_t depth = operand_depth<E>(from.columns);
-  for (int64_t r = begin; r < end; r += kLanes) {
-    E* panel = out + r / kN * kN * depth + r % kN;
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      V square[kLanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i) square[i] = (V)read_operands<T, E>(from, from.row(r + i), k);
-      transpose(square);
-      for (int64_t i = 0; i < min_of(kLanes, depth - k); ++i) store_operands(panel + (k + i) * kN, square[i]);
-    }
-  }
-}
 
 template <class T>
-void pack_hidden(const Params& p, const Step& s, int64_t begin, int64_t end) {
+void hidden(const Params& p, int64_t piece) {
   using E = operand_t<T>;
-  const Rows<T> from{static_cast<const T*>(p.hidden), p.rows + s.row_begin, p.hidden_row_stride, p.hidden_col_stride,
-                     s.row_end - s.row_begin,         p.hidden_size};
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t r0 = block * kRowBlock;
-    const int64_t r1 = ceil_div(min_of(r0 + kRowBlock, from.count), kPackedRows) * kPackedRows;
-    pack_rows<T, E>(from, p.group_size, static_cast<E*>(p.hidden_rows), r0, r1);
-    if (depth_per_operand<E> == 2 && p.hidden_columns != nullptr) {
-      pack_depths<T, E>(from, p.group_size, static_cast<E*>(p.hidden_columns), r0, r1);
-    }
+  const Rows<T> from{
+      static_cast<const T*>(p.hidden), p.rows, p.hidden_row_stride, p.hidden_col_stride, p.num_rows, p.hidden_size};
+  const int64_t begin = piece * kRowBlock;
+  const int64_t end = begin + kRowBlock;
+  pack_rows<T, E>(from, p.capacity, static_cast<E*>(p.hidden_rows), begin, end);
+  if (depth_per_operand<E> == 2 && p.hidden_columns != nullptr) {
+    pack_depths<T, E>(from, p.capacity, static_cast<E*>(p.hidden_columns), begin, end);
   }
 }
 
 template <class T>
-void pack_weight(const Params& p, const Step& s, int64_t begin, int64_t end) {
+void weight_columns(const Params& p, const Panel& panel, int64_t piece) {
   using E = operand_t<T>;
-  const Rows<T> from{static_cast<const T*>(p.weight) + s.vocab_begin * p.weight_row_stride,
-                     nullptr,
-                     p.weight_row_stride,
-                     p.weight_col_stride,
-                     s.vocab_end - s.vocab_begin,
-                     p.hidden_size};
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t r0 = block * kRowBlock;
-    const int64_t r1 = r0 + kRowBlock;
-    pack_columns<T, E>(from, static_cast<E*>(p.weight_columns), r0, r1);
-    if (p.weight_rows != nullptr) pack_depths<T, E>(from, p.panel_size, static_cast<E*>(p.weight_rows), r0, r1);
-    auto* bias = static_cast<acc_t<T>*>(p.bias_packed);
-    for (int64_t r = r0; r < r1; ++r) {
-      bias[r] = r < from.count ? load_param<acc_t<T>>(p.bias, p.bias_dtype, (s.vocab_begin + r) * p.bias_stride) : acc_t<T>(0);
-    }
-  }
+  const int64_t begin = piece * kRowBlock;
+  const int64_t end = begin + kRowBlock;
+  pack_columns<T, E>(weight_rows_of<T>(p, panel.begin, panel.end), static_cast<E*>(panel.weight_columns), begin, end);
+  pack_bias(p, panel.begin, panel.end, static_cast<acc_t<T>*>(panel.bias), begin, end);
 }
+
+template <class T>
+void weight_rows(const Params& p, const Panel& panel, int64_t piece) {
+  using E = operand_t<T>;
+  const int64_t begin = piece * kRowBlock;
+  pack_depths<T, E>(weight_rows_of<T>(p, panel.begin, panel.end), panel.size, static_cast<E*>(panel.weight_rows), begin,
+                    begin + kRowBlock);
+}
+
+template <class T>
+constexpr int64_t columns_of = kPackedColumns<operand_t<T>>;
+template <class T>
+constexpr int64_t elements_of = depth_per_operand<operand_t<T>>;
 
 }  // namespace
 
 extern const slm_loss::PackKernels slm_loss_pack;
 const slm_loss::PackKernels slm_loss_pack = {
-    {kPackedColumns<operand_t<float>>, kPackedColumns<operand_t<bfloat16>>, kPackedColumns<operand_t<float16>>,
-     kPackedColumns<operand_t<double>>},
-    {depth_per_operand<operand_t<float>>, depth_per_operand<operand_t<bfloat16>>, depth_per_operand<operand_t<float16>>,
-     depth_per_operand<operand_t<double>>},
-    {pack_hidden<float>, pack_hidden<bfloat16>, pack_hidden<float16>, pack_hidden<double>},
-    {pack_weight<float>, pack_weight<bfloat16>, pack_weight<float16>, pack_weight<double>},
+    {columns_of<float>, columns_of<bfloat16>, columns_of<float16>, columns_of<double>},
+    {elements_of<float>, elements_of<bfloat16>, elements_of<float16>, elements_of<double>},
+    {kPackedDepth * elements_of<float>, kPackedDepth * elements_of<bfloat16>, kPackedDepth * elements_of<float16>,
+     kPackedDepth * elements_of<double>},
+    {hidden<float>, hidden<bfloat16>, hidden<float16>, hidden<double>},
+    {weight_columns<float>, weight_columns<bfloat16>, weight_columns<float16>, weight_columns<double>},
+    {weight_rows<float>, weight_rows<bfloat16>, weight_rows<float16>, weight_rows<double>},
 };
 
 }  // namespace fastlm::FASTLM_CPU_LEVEL
