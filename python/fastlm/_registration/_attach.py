@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlm._registration import causal_conv1d, slm_loss
+from fastlm._registration import causal_conv1d, selective_scan, sliding_window_attention, slm_loss
 
-FAMILIES = (causal_conv1d, slm_loss)
+FAMILIES = (causal_conv1d, selective_scan, sliding_window_attention, slm_loss)
 
 # Keeps the registrations below alive.
 _LIBRARY = torch.library.Library("fastlm", "IMPL")

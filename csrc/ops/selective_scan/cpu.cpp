@@ -1,0 +1,335 @@
+// selective_scan on CPU: checks -> parameters -> kernels of the CPU level in use.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "adapter/parallel.h"
+#include "adapter/tensor.h"
+#include "ops/selective_scan/checks.h"
+#include "ops/selective_scan/cpu/kernels.h"
+
+namespace fastlm::selective_scan {
+namespace {
+
+// Pieces of work to cut a call into where it is large enough: enough for the cores of a big machine to share evenly.
+constexpr int64_t kWantedItems = 64;
+constexpr int64_t kMaxBlock = 128;
+
+int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work_per_item)); }
+
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+Activation activation(const Tensor& t) {
+  if (t.dim() == 2) return {t.data_ptr(), t.stride(0), t.stride(1), 0};
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+Parameter parameter(const OptionalTensor& t) {
+  if (!t.has_value()) return {nullptr, DType::kFloat32, 0, 0};
+  return {t->data_ptr(), param_dtype(*t), t->stride(0), t->dim() == 2 ? t->stride(1) : 0};
+}
+
+// B or C, and their gradients, of selective_scan.
+Projection projection(const Tensor& t) {
+  Projection x{};
+  x.data = t.data_ptr();
+  x.dtype = param_dtype(t);
+  x.constant = t.dim() == 2;
+  x.groups = t.dim() == 4 ? t.size(1) : 1;
+  if (x.constant) {
+    x.dim_stride = t.stride(0);
+    x.state_stride = t.stride(1);
+  } else {
+    const bool grouped = t.dim() == 4;
+    x.batch_stride = t.stride(0);
+    x.group_stride = grouped ? t.stride(1) : 0;
+    x.state_stride = t.stride(grouped ? 2 : 1);
+    x.seq_stride = t.stride(grouped ? 3 : 2);
+  }
+  return x;
+}
+
+Plan make_plan(const Params& p) {
+  Plan plan;
+  plan.group_dim = p.dim / p.groups;
+  plan.padded_dim = round_up(plan.group_dim, kChannelAlign);
+  plan.padded_state = round_up(p.state, kStateGroup);
+  const int64_t even = ceil_div(p.num_sequences * p.dim, kWantedItems);
+  plan.block = std::clamp<int64_t>(round_up(even, kChannelAlign), kChannelAlign, std::min(kMaxBlock, plan.padded_dim));
+  plan.blocks_per_group = ceil_div(plan.group_dim, plan.block);
+  plan.num_blocks = plan.blocks_per_group * p.groups;
+  return plan;
+}
+
+ChannelArrays make_arrays(const Params& p, const Plan& plan) {
+  const int64_t channels = p.groups * plan.padded_dim;
+  const int64_t pairs = channels * plan.padded_state;
+  ChannelArrays arrays{};
+  const auto take = [&](int64_t count) {
+    const int64_t at = arrays.total;
+    arrays.total += count;
+    return at;
+  };
+  arrays.decay = take(pairs);
+  arrays.b = p.B.constant ? take(pairs) : 0;
+  arrays.c = p.C.constant ? take(pairs) : 0;
+  arrays.bound = take(channels);
+  arrays.bias = take(channels);
+  arrays.skip = take(channels);
+  return arrays;
+}
+
+// What forward and backward share: the tensors as the kernels read them. Those that have unit stride neither over D nor over L
+// are copied once, and the copies are kept here.
+struct Call {
+  Tensor u, delta;
+  OptionalTensor z;
+  std::vector<Sequence> sequences;
+
+  Call(const char* op, const Tensor& u_in, const Tensor& delta_in, const OptionalTensor& z_in, const OptionalTensor& cu_seqlens)
+      : u(unit_stride(u_in)), delta(unit_stride(delta_in)), sequences(make_sequences(op, u_in, cu_seqlens)) {
+    if (z_in.has_value()) z = unit_stride(*z_in);
+  }
+
+  void fill(Params& p, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+            const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state,
+            const Tensor& chunk_states) const {
+    p.batch = u.size(0);
+    p.dim = u.size(1);
+    p.seqlen = u.size(2);
+    p.state = A.size(1);
+    p.delta_softplus = delta_softplus;
+    p.u = activation(u);
+    p.delta = activation(delta);
+    if (z.has_value()) p.z = activation(*z);
+    p.A = parameter(A);
+    p.D = parameter(D);
+    p.delta_bias = parameter(delta_bias);
+    p.B = projection(B);
+    p.C = projection(C);
+    p.groups = std::lcm(p.B.groups, p.C.groups);
+    if (initial_state.has_value()) {
+      p.initial_state = initial_state->data_ptr();
+      p.initial_dtype = param_dtype(*initial_state);
+      p.initial_batch_stride = initial_state->stride(0);
+      p.initial_dim_stride = initial_state->stride(1);
+      p.initial_state_stride = initial_state->stride(2);
+    }
+    p.chunk_states = chunk_states.data_ptr();
+    p.sequences = sequences.data();
+    p.num_sequences = static_cast<int64_t>(sequences.size());
+  }
+};
+
+Tensor prepare(const Params& p, const Plan& plan, const ChannelArrays& arrays, const Tensor& u) {
+  const Tensor prepared = empty({arrays.total}, accumulation_type(u), u);
+  const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_forward);
+  parallel_for(p.groups * plan.padded_dim / kChannelAlign, grain(4 * kChannelAlign * plan.padded_state),
+               [&](int64_t begin, int64_t end) {
+                 kernels.prepare[kernel_index(u.scalar_type())](p, plan, arrays, prepared.data_ptr(), begin, end);
+               });
+  return prepared;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                                                   OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus,
+                                                   OptionalTensor initial_state, OptionalTensor cu_seqlens,
+                                                   bool return_all_states) {
+  constexpr const char* op = "selective_scan";
+  check_forward(op, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens);
+  const Call call(op, u, delta, z, cu_seqlens);
+  const ScalarType acc = accumulation_type(u);
+  const int64_t batch = u.size(0), dim = u.size(1), length = u.size(2), state = A.size(1);
+  const Tensor out = empty_like_layout(u, u.scalar_type());
+  const Tensor last_state = empty({num_states(u, cu_seqlens), dim, state}, acc, u);
+  const Tensor chunk_states = empty({batch, length / kChunk, state, dim}, acc, u);
+  const Tensor all_states = return_all_states ? empty({batch, length, dim, state}, acc, u) : no_tensor(acc, u);
+
+  ForwardParams p{};
+  call.fill(p, A, B, C, D, delta_bias, delta_softplus, initial_state, chunk_states);
+  if (p.dim == 0 || p.num_sequences == 0) return {out, last_state, chunk_states, all_states};
+  p.out = activation(out);
+  p.last_state = last_state.data_ptr();
+  p.all_states = return_all_states ? all_states.data_ptr() : nullptr;
+
+  const Plan plan = make_plan(p);
+  const ChannelArrays arrays = make_arrays(p, plan);
+  const Tensor prepared = prepare(p, plan, arrays, u);
+  const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_forward);
+  parallel_for(p.num_sequences * plan.num_blocks, grain(batch * length / p.num_sequences * plan.block * plan.padded_state),
+               [&](int64_t begin, int64_t end) {
+                 kernels.forward[kernel_index(u.scalar_type())](p, plan, arrays, prepared.data_ptr(), begin, end);
+               });
+  return {out, last_state, chunk_states, all_states};
+}
+
+// Where slices of sequences begin: as many slices as give kWantedItems pieces of work, about equally long.
+std::vector<int64_t> make_slices(const std::vector<Sequence>& sequences, int64_t num_blocks, int64_t total) {
+  const auto count = static_cast<int64_t>(sequences.size());
+  const int64_t slices = std::clamp<int64_t>(ceil_div(kWantedItems, num_blocks), 1, count);
+  std::vector<int64_t> begin{0};
+  int64_t done = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    done += sequences[static_cast<size_t>(i)].end - sequences[static_cast<size_t>(i)].begin;
+    const auto made = static_cast<int64_t>(begin.size());
+    if (i + 1 < count && made < slices && done * slices >= total * made) begin.push_back(i + 1);
+  }
+  begin.push_back(count);
+  return begin;
+}
+
+// A gradient of B or C in the layout of the original: (B, L, N) or (B, L, G, N) memory if its states are contiguous.
+Tensor empty_projection(const Tensor& like) {
+  const int64_t rank = like.dim();
+  if (rank == 2) return empty({like.size(0), like.size(1)}, like.scalar_type(), like);
+  if (rank == 3) return empty_like_layout(like, like.scalar_type());
+  if (like.stride(3) == 1 || like.stride(2) != 1) {
+    return empty({like.size(0), like.size(1), like.size(2), like.size(3)}, like.scalar_type(), like);
+  }
+  const Tensor memory = empty({like.size(0), like.size(3), like.size(1), like.size(2)}, like.scalar_type(), like);
+  return torch::stable::transpose(torch::stable::transpose(memory, 1, 2), 2, 3);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
+                   OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus, Tensor chunk_states,
+                   OptionalTensor initial_state, OptionalTensor cu_seqlens) {
+  constexpr const char* op = "selective_scan_backward";
+  check_forward(op, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens);
+  check_backward(dout, dlast_state, u, A, chunk_states, cu_seqlens);
+  const Call call(op, u, delta, z, cu_seqlens);
+  const ScalarType dtype = u.scalar_type();
+  const ScalarType acc = accumulation_type(u);
+  const int64_t batch = u.size(0), dim = u.size(1), length = u.size(2), state = A.size(1);
+  const int k = kernel_index(dtype);
+
+  const Tensor grad = unit_stride(dout);
+  const Tensor states = torch::stable::contiguous(chunk_states);
+  const Tensor dlast = dlast_state.has_value() ? torch::stable::contiguous(*dlast_state) : no_tensor(acc, u);
+  const Tensor du = empty_like_layout(u, dtype);
+  const Tensor ddelta = empty_like_layout(delta, dtype);
+  const Tensor dz = z.has_value() ? empty_like_layout(*z, dtype) : no_tensor(dtype, u);
+  const Tensor dB = empty_projection(B), dC = empty_projection(C);
+  const Tensor dinitial = initial_state.has_value() ? empty({initial_state->size(0), dim, state}, acc, u) : no_tensor(acc, u);
+  // Sums in the accumulation type; converted at the end.
+  const Tensor dA = zeros({dim, state}, acc, u), dD = zeros({dim}, acc, u), dbias = zeros({dim}, acc, u);
+  Tensor dB_constant = no_tensor(acc, u), dC_constant = no_tensor(acc, u);
+  if (B.dim() == 2) dB_constant = zeros({dim, state}, acc, u);
+  if (C.dim() == 2) dC_constant = zeros({dim, state}, acc, u);
+
+  BackwardParams p{};
+  call.fill(p, A, B, C, D, delta_bias, delta_softplus, initial_state, states);
+  p.dout = activation(grad);
+  p.dlast_state = dlast_state.has_value() ? dlast.data_ptr() : nullptr;
+  p.du = activation(du);
+  p.ddelta = activation(ddelta);
+  if (z.has_value()) p.dz = activation(dz);
+  p.dinitial_state = initial_state.has_value() ? dinitial.data_ptr() : nullptr;
+
+  if (p.dim > 0 && p.num_sequences > 0) {
+    const Plan plan = make_plan(p);
+    const ChannelArrays arrays = make_arrays(p, plan);
+    const Tensor prepared = prepare(p, plan, arrays, u);
+    const std::vector<int64_t> slices = make_slices(call.sequences, plan.num_blocks, batch * length);
+    const auto num_slices = static_cast<int64_t>(slices.size()) - 1;
+    const Tensor position_partial = empty({plan.num_blocks, 2, batch * length, plan.padded_state}, acc, u);
+    const Tensor channel_partial = empty({num_slices, arrays.total}, acc, u);
+    const BackwardWork work{slices.data(), num_slices, position_partial.data_ptr(), channel_partial.data_ptr()};
+
+    const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_backward);
+    parallel_for(
+        num_slices * plan.num_blocks, grain(3 * batch * length / num_slices * plan.block * plan.padded_state),
+        [&](int64_t begin, int64_t end) { kernels.backward[k](p, plan, arrays, prepared.data_ptr(), work, begin, end); });
+    const auto reduce_positions = [&](int which, const Tensor& to) {
+      const Projection target = projection(to);
+      parallel_for(batch * length, grain(plan.num_blocks * plan.padded_state),
+                   [&](int64_t begin, int64_t end) { kernels.reduce_positions[k](p, plan, work, which, target, begin, end); });
+    };
+    const auto reduce_channels = [&](int64_t array, int64_t columns, const Tensor& to) {
+      parallel_for(dim, grain(num_slices * std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
+        kernels.reduce_channels[k](p, plan, arrays, work, array, columns, to.data_ptr(), begin, end);
+      });
+    };
+    if (B.dim() == 2) {
+      reduce_channels(arrays.b, state, dB_constant);
+    } else {
+      reduce_positions(0, dB);
+    }
+    if (C.dim() == 2) {
+      reduce_channels(arrays.c, state, dC_constant);
+    } else {
+      reduce_positions(1, dC);
+    }
+    reduce_channels(arrays.decay, state, dA);
+    reduce_channels(arrays.skip, 0, dD);
+    reduce_channels(arrays.bias, 0, dbias);
+  }
+  if (p.dim == 0) {  // sums over no channels
+    for (Tensor t : {dB, dC}) torch::stable::zero_(t);
+  }
+  const auto as = [&](const Tensor& t, const OptionalTensor& like) {
+    return like.has_value() ? torch::stable::to(t, like->scalar_type()) : no_tensor(acc, u);
+  };
+  return {du,
+          ddelta,
+          as(dA, A),
+          B.dim() == 2 ? as(dB_constant, B) : dB,
+          C.dim() == 2 ? as(dC_constant, C) : dC,
+          as(dD, D),
+          dz,
+          as(dbias, delta_bias),
+          as(dinitial, initial_state)};
+}
+
+Tensor update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+              OptionalTensor dt_bias, bool dt_softplus, OptionalTensor state_batch_indices) {
+  check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices);
+  std::vector<int64_t> slots;
+  if (state_batch_indices.has_value()) slots = check_slots(state, *state_batch_indices);
+  const Tensor out = empty({x.size(0), x.size(1)}, x.scalar_type(), x);
+
+  UpdateParams p{};
+  p.batch = x.size(0);
+  p.dim = x.size(1);
+  p.state = A.size(1);
+  p.dt_softplus = dt_softplus;
+  p.state_data = state.data_ptr();
+  p.state_dtype = param_dtype(state);
+  p.state_batch_stride = state.stride(0);
+  p.state_dim_stride = state.stride(1);
+  p.state_state_stride = state.stride(2);
+  p.x = activation(x);
+  p.dt = activation(dt);
+  if (z.has_value()) p.z = activation(*z);
+  p.out = activation(out);
+  p.A = parameter(A);
+  p.D = parameter(D);
+  p.dt_bias = parameter(dt_bias);
+  const auto matrix = [](const Tensor& t) {
+    Projection m{};
+    m.data = t.data_ptr();
+    m.groups = t.dim() == 3 ? t.size(1) : 1;
+    m.batch_stride = t.stride(0);
+    m.group_stride = t.dim() == 3 ? t.stride(1) : 0;
+    m.state_stride = t.stride(t.dim() - 1);
+    return m;
+  };
+  p.B = matrix(B);
+  p.C = matrix(C);
+  p.state_batch_indices = state_batch_indices.has_value() ? slots.data() : nullptr;
+
+  const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_update);
+  parallel_for(p.batch * ceil_div(p.dim, kUpdateBlock), grain(kUpdateBlock * p.state),
+               [&](int64_t begin, int64_t end) { kernels.update[kernel_index(x.scalar_type())](p, begin, end); });
+  return out;
+}
+
+}  // namespace
+}  // namespace fastlm::selective_scan
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
+  m.impl("selective_scan", TORCH_BOX(&fastlm::selective_scan::forward));
+  m.impl("selective_scan_backward", TORCH_BOX(&fastlm::selective_scan::backward));
+  m.impl("selective_state_update", TORCH_BOX(&fastlm::selective_scan::update));
+}

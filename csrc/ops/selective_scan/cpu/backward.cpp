@@ -1,0 +1,424 @@
+// Selective scan, backward. With dy_t = dout_t silu(z_t) and lambda_t the gradient of the state after position t:
+//   lambda_t = C_t dy_t + a_{t+1} lambda_{t+1},   a_t = exp(dt_t A),   lambda beyond the end: gradient of the last state
+//   du = D dy + dt sum_n lambda B            ddt = sum_n lambda (B u + A a_t h_{t-1})        dA = sum_t lambda dt a_t h_{t-1}
+//   dB = sum_channels lambda dt u            dC = sum_channels dy h                          dD = sum_t dy u
+// and a_0 lambda_0 for the initial state. a_t h_{t-1} is formed as that product: the difference h_t - dt B u would cancel when a
+// is small. Chunks are visited from the last to the first; for each vector of channels and kStateGroup states, one sweep forward
+// from the chunk's stored state puts a and h on a tape in the first-level cache, one sweep back reads it.
+// Every sum has a fixed order: dB and dC over the channels of a block, then over blocks; parameters over a slice of sequences,
+// then over slices.
+#include "core/scratch.h"
+#include "ops/selective_scan/cpu/exponential.h"
+#include "ops/selective_scan/cpu/kernels.h"
+#include "ops/selective_scan/cpu/tile.h"
+
+namespace fastlm::FASTLM_CPU_LEVEL {
+namespace {
+
+using selective_scan::BackwardParams;
+using selective_scan::BackwardWork;
+using selective_scan::ChannelArrays;
+using selective_scan::Sequence;
+
+constexpr int64_t kStrip = 32;  // channels whose tiles are in scratch at a time
+
+// Scratch of one thread, in elements of the accumulation type.
+template <class A>
+struct Scratch {
+  A *dt, *u, *du, *dy;   // tiles of a strip: step, u, step * u, gradient of y
+  A *slope, *gate_grad;  // derivative of the step by delta; dout * d silu(z)/dz
+  A *lb, *lah;           // sum over states of lambda B, and of lambda a h decay; later du and ddelta
+  A* y;                  // sum over states of C h; later dz
+  A* h;                  // (strip / lanes, padded_state, lanes): state at the chunk's start
+  A* carry;              // (block / lanes, padded_state, lanes): a_{t+1} lambda_{t+1}
+  A *b, *c;              // (kChunk, padded_state)
+  A *db, *dc;            // (kChunk, padded_state, lanes): per lane, over the channels of the block
+  A *tape_a, *tape_h;    // (kChunk, kStateGroup, lanes), (kChunk + 1, kStateGroup, lanes)
+
+  explicit Scratch(const Plan& plan) {
+    const int64_t tile = kStrip / lanes_of<A> * kPitch<A>;
+    const int64_t rows = kChunk * plan.padded_state;
+    const int64_t tape = (kChunk + 1) * kStateGroup * lanes_of<A>;
+    const int64_t total = 9 * tile + (kStrip + plan.block) * plan.padded_state + 2 * rows + 2 * rows * lanes_of<A> + 2 * tape;
+    A* next = static_cast<A*>(thread_scratch(sizeof(A) * static_cast<size_t>(total)));
+    for (A** part : {&dt, &u, &du, &dy, &slope, &gate_grad, &lb, &lah, &y}) {
+      *part = next;
+      next += tile;
+    }
+    h = next;
+    carry = h + kStrip * plan.padded_state;
+    b = carry + plan.block * plan.padded_state;
+    c = b + rows;
+    db = c + rows;
+    dc = db + rows * lanes_of<A>;
+    tape_a = dc + rows * lanes_of<A>;
+    tape_h = tape_a + tape;
+  }
+};
+
+// ---- the two sweeps -----------------------------------------------------------------------------------------------
+
+// kStateGroup states of one vector of channels. `b`, `c`: rows of padded_state values, or, if constant, vectors of channels;
+// `db`, `dc`: (position, padded_state, lanes), or, if constant, vectors of channels.
+template <class A>
+struct Sweep {
+  int64_t length, padded_state;
+  const A *dt, *du, *dy;
+  const A *decay, *b, *c;
+  A *h, *carry, *da, *db, *dc;
+  A *lb, *lah, *y;
+  A *tape_a, *tape_h;
+};
+
+template <class A, bool kInRange, bool kConstantB>
+void sweep_forward(const Sweep<A>& s) {
+  using V = vec_t<A>;
+  constexpr int64_t kLanes = lanes_of<A>;
+  V h[kStateGroup];
+  for (int64_t k = 0; k < kStateGroup; ++k) {
+    h[k] = load(s.h + k * kLanes);
+    store(s.tape_h + k * kLanes, h[k]);
+  }
+  for (int64_t t = 0; t < s.length; ++t) {
+    const int64_t row = t * kStateGroup * kLanes;
+    for (int64_t k = 0; k < kStateGroup; k += 2) {
+      V a[2];
+      for (int i = 0; i < 2; ++i) a[i] = load(s.dt + t * kLanes) * load(s.decay + (k + i) * kLanes);
+      exp2_each<kInRange, 2>(a);
+      for (int i = 0; i < 2; ++i) {
+        const V in = kConstantB ? load(s.b + (k + i) * kLanes) : broadcast<V>(s.b[t * s.padded_state + k + i]);
+        h[k + i] = fma(a[i], h[k + i], load(s.du + t * kLanes) * in);
+        store(s.tape_a + row + (k + i) * kLanes, a[i]);
+        store(s.tape_h + row + (kStateGroup + k + i) * kLanes, h[k + i]);
+      }
+    }
+  }
+}
+
+template <class A, bool kConstantB, bool kConstantC, bool kGate>
+void sweep_back(const Sweep<A>& s) {
+  using V = vec_t<A>;
+  constexpr int64_t kLanes = lanes_of<A>;
+  V carry[kStateGroup], da[kStateGroup];
+  for (int64_t k = 0; k < kStateGroup; ++k) {
+    carry[k] = load(s.carry + k * kLanes);
+    da[k] = zero<V>();
+  }
+  for (int64_t t = s.length - 1; t >= 0; --t) {
+    const int64_t row = t * kStateGroup * kLanes;
+    const int64_t pair = t * s.padded_state;
+    const V dt = load(s.dt + t * kLanes), du = load(s.du + t * kLanes), dy = load(s.dy + t * kLanes);
+    V lb = load(s.lb + t * kLanes), lah = load(s.lah + t * kLanes), y = zero<V>();
+    if (kGate) y = load(s.y + t * kLanes);
+    for (int64_t k = 0; k < kStateGroup; ++k) {
+      const V b = kConstantB ? load(s.b + k * kLanes) : broadcast<V>(s.b[pair + k]);
+      const V c = kConstantC ? load(s.c + k * kLanes) : broadcast<V>(s.c[pair + k]);
+      const V h = load(s.tape_h + row + (kStateGroup + k) * kLanes);
+      const V lambda = fma(c, dy, carry[k]);
+      carry[k] = load(s.tape_a + row + k * kLanes) * lambda;
+      const V ah = carry[k] * load(s.tape_h + row + k * kLanes);  // lambda a_t h_{t-1}
+      da[k] = fma(dt, ah, da[k]);
+      lah = fma(load(s.decay + k * kLanes), ah, lah);
+      lb = fma(b, lambda, lb);
+      if (kGate) y = fma(c, h, y);
+      A* db = s.db + (kConstantB ? k : pair + k) * kLanes;
+      A* dc = s.dc + (kConstantC ? k : pair + k) * kLanes;
+      store(db, fma(lambda, du, load(db)));
+      store(dc, fma(dy, h, load(dc)));
+    }
+    store(s.lb + t * kLanes, lb);
+    store(s.lah + t * kLanes, lah);
+    if (kGate) store(s.y + t * kLanes, y);
+  }
+  for (int64_t k = 0; k < kStateGroup; ++k) {
+    store(s.carry + k * kLanes, carry[k]);
+    store(s.da + k * kLanes, load(s.da + k * kLanes) + da[k]);
+  }
+}
+
+template <class A>
+using SweepFunction = void (*)(const Sweep<A>&);
+
+template <class A>
+SweepFunction<A> choose_forward(bool in_range, bool constant_b) {
+  static constexpr SweepFunction<A> kTable[4] = {sweep_forward<A, false, false>, sweep_forward<A, false, true>,
+                                                 sweep_forward<A, true, false>, sweep_forward<A, true, true>};
+  return kTable[2 * in_range + constant_b];
+}
+
+template <class A>
+SweepFunction<A> choose_back(bool constant_b, bool constant_c, bool gate) {
+  static constexpr SweepFunction<A> kTable[8] = {sweep_back<A, false, false, false>, sweep_back<A, false, false, true>,
+                                                 sweep_back<A, false, true, false>,  sweep_back<A, false, true, true>,
+                                                 sweep_back<A, true, false, false>,  sweep_back<A, true, false, true>,
+                                                 sweep_back<A, true, true, false>,   sweep_back<A, true, true, true>};
+  return kTable[4 * constant_b + 2 * constant_c + gate];
+}
+
+// ---- before and after the sweeps ----------------------------------------------------------------------------------
+
+// One vector of channels of a strip; `at` is its place in the tiles. Raw delta (in dt), dout (in dy) and z (in gate_grad) become
+// what the sweeps and finish_vector need. Returns whether every exponent is in the range that needs no clamping.
+template <class A>
+bool stage_vector(const Scratch<A>& s, int64_t at, int64_t length, bool softplus, bool gate, const A* bias_ptr,
+                  const A* bound_ptr) {
+  using V = vec_t<A>;
+  const V bias = load(bias_ptr), bound = load(bound_ptr);
+  V longest = zero<V>();
+  for (int64_t i = at; i < at + length * lanes_of<A>; i += lanes_of<A>) {
+    V step = load(s.dt + i) + bias;
+    V slope = broadcast<V>(A(1));
+    if (softplus) step = step_softplus(step, &slope);
+    store(s.dt + i, step);
+    store(s.slope + i, slope);
+    store(s.du + i, step * load(s.u + i));
+    longest = larger(absolute(step), longest);
+    store(s.lb + i, zero<V>());
+    store(s.lah + i, zero<V>());
+    if (gate) {
+      const V dout = load(s.dy + i), z = load(s.gate_grad + i), sigma = gate_sigmoid(z);
+      store(s.dy + i, dout * (z * sigma));
+      store(s.gate_grad + i, dout * (sigma * (A(1) + z * (A(1) - sigma))));
+      store(s.y + i, zero<V>());
+    }
+  }
+  return all_lanes(longest <= bound);
+}
+
+// Leaves du in lb, ddelta in lah and dz in y; adds to the gradients of D and the bias.
+template <class A>
+void finish_vector(const Scratch<A>& s, int64_t at, int64_t length, bool gate, const A* skip_ptr, A* dskip_ptr, A* dbias_ptr) {
+  using V = vec_t<A>;
+  const V skip = load(skip_ptr);
+  V dskip = load(dskip_ptr), dbias = load(dbias_ptr);
+  for (int64_t i = at; i < at + length * lanes_of<A>; i += lanes_of<A>) {
+    const V lb = load(s.lb + i), dy = load(s.dy + i), u = load(s.u + i);
+    // decay is A log2(e): ln 2 turns the sum back into one over A.
+    const V ddelta = fma(u, lb, A(0.6931471805599453) * load(s.lah + i)) * load(s.slope + i);
+    store(s.lb + i, fma(skip, dy, load(s.dt + i) * lb));
+    store(s.lah + i, ddelta);
+    dskip = fma(dy, u, dskip);
+    dbias += ddelta;
+    if (gate) store(s.y + i, load(s.gate_grad + i) * fma(skip, u, load(s.y + i)));
+  }
+  store(dskip_ptr, dskip);
+  store(dbias_ptr, dbias);
+}
+
+// States of `count` channels from (row, D, N) memory with these strides.
+template <class A>
+void gather_states(const void* data, DType dtype, int64_t dim_stride, int64_t state_stride, const Plan& plan, int64_t state,
+                   int64_t offset, int64_t count, A* to) {
+  constexpr int64_t kLanes = lanes_of<A>;
+  for (int64_t c = 0; c < ceil_div(count, kLanes) * kLanes; ++c) {
+    for (int64_t n = 0; n < plan.padded_state; ++n) {
+      const bool real = c < count && n < state && data != nullptr;
+      to[(c / kLanes * plan.padded_state + n) * kLanes + c % kLanes] =
+          real ? load_param<A>(data, dtype, offset + c * dim_stride + n * state_stride) : A(0);
+    }
+  }
+}
+
+// State of `count` channels from `dim` on at the start of chunk number k of a sequence.
+template <class A>
+void load_start(const BackwardParams& p, const Plan& plan, const Sequence& s, int64_t row, int64_t k, int64_t dim, int64_t count,
+                A* h) {
+  constexpr int64_t kLanes = lanes_of<A>;
+  if (k == 0) {
+    gather_states(p.initial_state, p.initial_dtype, p.initial_dim_stride, p.initial_state_stride, plan, p.state,
+                  row * p.initial_batch_stride + dim * p.initial_dim_stride, count, h);
+    return;
+  }
+  const A* from = static_cast<const A*>(p.chunk_states) + (s.chunk_begin + k - 1) * p.state * p.dim + dim;
+  for (int64_t c = 0; c < count; c += kLanes) {
+    for (int64_t n = 0; n < plan.padded_state; ++n) {
+      const vec_t<A> v = n < p.state ? load_upto(from + n * p.dim + c, count - c) : zero<vec_t<A>>();
+      store(h + c * plan.padded_state + n * kLanes, v);
+    }
+  }
+}
+
+template <class T>
+void strip_backward(const BackwardParams& p, const Plan& plan, const ChannelArrays& arrays, const acc_t<T>* prepared,
+                    acc_t<T>* partial, const Sequence& s, const Block& block, int64_t first, int64_t count, int64_t t0,
+                    int64_t length, const Scratch<acc_t<T>>& scratch) {
+  using A = acc_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  const int64_t dim = block.dim + first;
+  const bool gate = p.z.data != nullptr;
+  load_tile<T>(p.delta, s.batch, t0, length, dim, count, scratch.dt);
+  load_tile<T>(p.u, s.batch, t0, length, dim, count, scratch.u);
+  load_tile<T>(p.dout, s.batch, t0, length, dim, count, scratch.dy);
+  if (gate) load_tile<T>(p.z, s.batch, t0, length, dim, count, scratch.gate_grad);
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const int64_t at = c / kLanes * kPitch<A>;
+    const int64_t channel = block.array + first + c;
+    const bool in_range = stage_vector(scratch, at, length, p.delta_softplus, gate, prepared + arrays.bias + channel,
+                                       prepared + arrays.bound + channel);
+    const SweepFunction<A> forward = choose_forward<A>(in_range, p.B.constant);
+    const SweepFunction<A> back = choose_back<A>(p.B.constant, p.C.constant, gate);
+    for (int64_t n = 0; n < plan.padded_state; n += kStateGroup) {
+      const int64_t pair = channel * plan.padded_state + n * kLanes;
+      Sweep<A> sweep;
+      sweep.length = length;
+      sweep.padded_state = plan.padded_state;
+      sweep.dt = scratch.dt + at;
+      sweep.du = scratch.du + at;
+      sweep.dy = scratch.dy + at;
+      sweep.decay = prepared + arrays.decay + pair;
+      sweep.b = p.B.constant ? prepared + arrays.b + pair : scratch.b + n;
+      sweep.c = p.C.constant ? prepared + arrays.c + pair : scratch.c + n;
+      sweep.h = scratch.h + c * plan.padded_state + n * kLanes;
+      sweep.carry = scratch.carry + (first + c) * plan.padded_state + n * kLanes;
+      sweep.da = partial + arrays.decay + pair;
+      sweep.db = p.B.constant ? partial + arrays.b + pair : scratch.db + n * kLanes;
+      sweep.dc = p.C.constant ? partial + arrays.c + pair : scratch.dc + n * kLanes;
+      sweep.lb = scratch.lb + at;
+      sweep.lah = scratch.lah + at;
+      sweep.y = scratch.y + at;
+      sweep.tape_a = scratch.tape_a;
+      sweep.tape_h = scratch.tape_h;
+      forward(sweep);
+      back(sweep);
+    }
+    finish_vector(scratch, at, length, gate, prepared + arrays.skip + channel, partial + arrays.skip + channel,
+                  partial + arrays.bias + channel);
+  }
+  store_tile<T>(p.du, s.batch, t0, length, dim, count, scratch.lb);
+  store_tile<T>(p.ddelta, s.batch, t0, length, dim, count, scratch.lah);
+  if (gate) store_tile<T>(p.dz, s.batch, t0, length, dim, count, scratch.y);
+}
+
+template <class A>
+A* position_partial(const BackwardParams& p, const Plan& plan, const BackwardWork& work, int64_t block, int which,
+                    int64_t position) {
+  return static_cast<A*>(work.position_partial) + ((block * 2 + which) * p.batch * p.seqlen + position) * plan.padded_state;
+}
+
+template <class T>
+void sequence_backward(const BackwardParams& p, const Plan& plan, const ChannelArrays& arrays, const acc_t<T>* prepared,
+                       acc_t<T>* partial, const BackwardWork& work, int64_t row, int64_t block_index,
+                       const Scratch<acc_t<T>>& scratch) {
+  using A = acc_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  const Sequence& s = p.sequences[row];
+  const Block block = block_of(plan, block_index);
+  const int64_t states = (row * p.dim + block.dim) * p.state;
+  gather_states(p.dlast_state, DTypeOf<A>::value, p.state, 1, plan, p.state, states, block.count, scratch.carry);
+  for (int64_t k = ceil_div(s.end - s.begin, kChunk) - 1; k >= 0; --k) {
+    const int64_t t0 = s.begin + k * kChunk;
+    const int64_t length = min_of(kChunk, s.end - t0);
+    if (!p.B.constant) {
+      load_projection<T>(p.B, p.state, plan.padded_state, s.batch, block.group * p.B.groups / p.groups, t0, length, scratch.b);
+    }
+    if (!p.C.constant) {
+      load_projection<T>(p.C, p.state, plan.padded_state, s.batch, block.group * p.C.groups / p.groups, t0, length, scratch.c);
+    }
+    for (int64_t i = 0; i < 2 * kChunk * plan.padded_state * kLanes; ++i) scratch.db[i] = A(0);  // db and dc
+    for (int64_t first = 0; first < block.count; first += kStrip) {
+      const int64_t count = min_of(kStrip, block.count - first);
+      for (const Activation* x : {&p.delta, &p.u, &p.dout, &p.z, &p.du, &p.ddelta, &p.dz}) {
+        prefetch_tile<T>(*x, s.batch, t0 - kChunk, k > 0 ? kChunk : 0, block.dim, block.count, first / kStrip,
+                         ceil_div(block.count, kStrip));
+      }
+      load_start(p, plan, s, row, k, block.dim + first, count, scratch.h);
+      strip_backward<T>(p, plan, arrays, prepared, partial, s, block, first, count, t0, length, scratch);
+    }
+    const int64_t position = s.batch * p.seqlen + t0;
+    if (!p.B.constant) {
+      sum_lanes(scratch.db, length * plan.padded_state, position_partial<A>(p, plan, work, block_index, 0, position));
+    }
+    if (!p.C.constant) {
+      sum_lanes(scratch.dc, length * plan.padded_state, position_partial<A>(p, plan, work, block_index, 1, position));
+    }
+  }
+  if (p.dinitial_state == nullptr) return;
+  A* to = static_cast<A*>(p.dinitial_state) + states;
+  for (int64_t c = 0; c < block.count; ++c) {
+    for (int64_t n = 0; n < p.state; ++n) {
+      to[c * p.state + n] = scratch.carry[(c / kLanes * plan.padded_state + n) * kLanes + c % kLanes];
+    }
+  }
+}
+
+template <class T>
+void backward(const BackwardParams& p, const Plan& plan, const ChannelArrays& arrays, const void* prepared,
+              const BackwardWork& work, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const Scratch<A> scratch(plan);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t slice = item / plan.num_blocks;
+    const int64_t block_index = item % plan.num_blocks;
+    A* partial = static_cast<A*>(work.channel_partial) + slice * arrays.total;
+    const Block block = block_of(plan, block_index);
+    const int64_t padded = ceil_div(block.count, kChannelAlign) * kChannelAlign;
+    const auto clear = [](A* from, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) from[i] = A(0);
+    };
+    clear(partial + arrays.decay + block.array * plan.padded_state, padded * plan.padded_state);
+    clear(partial + arrays.bias + block.array, padded);
+    clear(partial + arrays.skip + block.array, padded);
+    if (p.B.constant) clear(partial + arrays.b + block.array * plan.padded_state, padded * plan.padded_state);
+    if (p.C.constant) clear(partial + arrays.c + block.array * plan.padded_state, padded * plan.padded_state);
+    for (int64_t row = work.slice_begin[slice]; row < work.slice_begin[slice + 1]; ++row) {
+      sequence_backward<T>(p, plan, arrays, static_cast<const A*>(prepared), partial, work, row, block_index, scratch);
+    }
+  }
+}
+
+// ---- sums over blocks and slices ----------------------------------------------------------------------------------
+
+template <class T>
+void reduce_positions(const BackwardParams& p, const Plan& plan, const BackwardWork& work, int which, const Projection& grad,
+                      int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  const int64_t blocks = plan.num_blocks / grad.groups;
+  for (int64_t position = begin; position < end; ++position) {
+    for (int64_t group = 0; group < grad.groups; ++group) {
+      T* to = static_cast<T*>(const_cast<void*>(grad.data)) + position / p.seqlen * grad.batch_stride +
+              position % p.seqlen * grad.seq_stride + group * grad.group_stride;
+      for (int64_t n = 0; n < p.state; n += kLanes) {
+        V sum = zero<V>();
+        for (int64_t block = group * blocks; block < (group + 1) * blocks; ++block) {
+          sum += load_upto(position_partial<A>(p, plan, work, block, which, position) + n, p.state - n);
+        }
+        if (grad.state_stride == 1) {
+          store_upto(to + n, sum, p.state - n);
+        } else {
+          for (int64_t i = 0; i < kLanes && n + i < p.state; ++i) to[(n + i) * grad.state_stride] = from_acc<T>(sum[i]);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void reduce_channels(const BackwardParams&, const Plan& plan, const ChannelArrays& arrays, const BackwardWork& work,
+                     int64_t array, int64_t states, void* grad_ptr, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  const A* partial = static_cast<const A*>(work.channel_partial) + array;
+  A* grad = static_cast<A*>(grad_ptr);
+  for (int64_t d = begin; d < end; ++d) {
+    const int64_t c = d / plan.group_dim * plan.padded_dim + d % plan.group_dim;
+    for (int64_t n = 0; n < (states > 0 ? states : 1); ++n) {
+      const int64_t at = states > 0 ? (c / kLanes * plan.padded_state + n) * kLanes + c % kLanes : c;
+      A sum = A(0);
+      for (int64_t slice = 0; slice < work.num_slices; ++slice) sum += partial[slice * arrays.total + at];
+      grad[states > 0 ? d * states + n : d] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+extern const selective_scan::BackwardKernels selective_scan_backward;
+const selective_scan::BackwardKernels selective_scan_backward = {
+    {backward<float>, backward<bfloat16>, backward<float16>, backward<double>},
+    {reduce_positions<float>, reduce_positions<bfloat16>, reduce_positions<float16>, reduce_positions<double>},
+    {reduce_channels<float>, reduce_channels<bfloat16>, reduce_channels<float16>, reduce_channels<double>},
+};
+
+}  // namespace fastlm::FASTLM_CPU_LEVEL

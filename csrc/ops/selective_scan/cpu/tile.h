@@ -1,0 +1,152 @@
+// Tiles: kChunk positions of a block of channels, copied from any memory layout into fp32 scratch (fp64 for fp64) and back. In
+// scratch, channels lie in vectors and time runs inside: element (channel c, position t) is at c / lanes * kPitch + t * lanes +
+// c % lanes. Walking the tensors themselves down time would touch a new page at every step and run three times slower.
+#pragma once
+
+#include "core/simd/simd.h"
+#include "core/simd/transpose.h"
+#include "ops/selective_scan/cpu/kernels.h"
+
+namespace fastlm::FASTLM_CPU_LEVEL {
+namespace {
+
+using selective_scan::Activation;
+using selective_scan::kChannelAlign;
+using selective_scan::kChunk;
+using selective_scan::kStateGroup;
+using selective_scan::Plan;
+using selective_scan::Projection;
+
+// One cache line more than a vector's tile: tiles of neighbouring vectors fall into different cache sets.
+template <class A>
+constexpr int64_t kPitch = kChunk * lanes_of<A> + 64 / static_cast<int64_t>(sizeof(A));
+
+// A block of channels of one group.
+struct Block {
+  int64_t group;
+  int64_t dim;    // first channel in the tensors
+  int64_t array;  // first channel in ChannelArrays
+  int64_t count;  // channels
+};
+
+FASTLM_INLINE Block block_of(const Plan& plan, int64_t index) {
+  const int64_t group = index / plan.blocks_per_group;
+  const int64_t first = index % plan.blocks_per_group * plan.block;
+  return {group, group * plan.group_dim + first, group * plan.padded_dim + first, min_of(plan.block, plan.group_dim - first)};
+}
+
+// Positions [t0, t0 + length) of `count` channels from `dim` on. Lanes without a channel become 0; positions from `length` on
+// are undefined.
+template <class T>
+void load_tile(const Activation& x, int64_t batch, int64_t t0, int64_t length, int64_t dim, int64_t count, acc_t<T>* tile) {
+  using V = vec_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  const T* from = static_cast<const T*>(x.data) + batch * x.batch_stride + t0 * x.seq_stride + dim * x.dim_stride;
+  if (x.dim_stride == 1) {
+    for (int64_t t = 0; t < length; ++t) {
+      const T* row = from + t * x.seq_stride;
+      for (int64_t c = 0; c < count; c += kLanes) {
+        store(tile + c / kLanes * kPitch<acc_t<T>> + t * kLanes, load_upto(row + c, count - c));
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < count; c += kLanes) {
+    acc_t<T>* to = tile + c / kLanes * kPitch<acc_t<T>>;
+    for (int64_t t = 0; t < length; t += kLanes) {
+      V rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        rows[i] = c + i < count ? load_upto(from + (c + i) * x.dim_stride + t, length - t) : zero<V>();
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < kLanes; ++i) store(to + (t + i) * kLanes, rows[i]);
+    }
+  }
+}
+
+template <class T>
+void store_tile(const Activation& x, int64_t batch, int64_t t0, int64_t length, int64_t dim, int64_t count,
+                const acc_t<T>* tile) {
+  using V = vec_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  T* to = static_cast<T*>(x.data) + batch * x.batch_stride + t0 * x.seq_stride + dim * x.dim_stride;
+  if (x.dim_stride == 1) {
+    for (int64_t t = 0; t < length; ++t) {
+      T* row = to + t * x.seq_stride;
+      for (int64_t c = 0; c < count; c += kLanes) {
+        store_upto(row + c, load(tile + c / kLanes * kPitch<acc_t<T>> + t * kLanes), count - c);
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const acc_t<T>* from = tile + c / kLanes * kPitch<acc_t<T>>;
+    for (int64_t t = 0; t < length; t += kLanes) {
+      V rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) rows[i] = load(from + (t + i) * kLanes);
+      transpose(rows);
+      for (int64_t i = 0; i < kLanes && c + i < count; ++i) {
+        store_upto(to + (c + i) * x.dim_stride + t, rows[i], length - t);
+      }
+    }
+  }
+}
+
+// Asks for part `part` of `parts` of a tile's cache lines, to be there when the tile is loaded: its rows (or channels, if time is
+// contiguous) lie pages apart, where no hardware prefetcher follows. A null tensor or an empty tile asks for nothing.
+template <class T>
+FASTLM_INLINE void prefetch_tile(const Activation& x, int64_t batch, int64_t t0, int64_t length, int64_t dim, int64_t count,
+                                 int64_t part, int64_t parts) {
+  if (x.data == nullptr || length <= 0) return;
+  const T* from = static_cast<const T*>(x.data) + batch * x.batch_stride + t0 * x.seq_stride + dim * x.dim_stride;
+  const bool rows = x.dim_stride == 1;
+  const int64_t lines = rows ? length : count;
+  const int64_t bytes = (rows ? count : length) * static_cast<int64_t>(sizeof(T));
+  const int64_t stride = rows ? x.seq_stride : x.dim_stride;
+  for (int64_t i = lines * part / parts, last = lines * (part + 1) / parts; i < last; ++i) {
+    const char* line = reinterpret_cast<const char*>(from + i * stride);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
+  }
+}
+
+// B or C of one of its own groups as (kChunk, padded_state); padding states become 0.
+template <class T>
+void load_projection(const Projection& x, int64_t state, int64_t padded_state, int64_t batch, int64_t group, int64_t t0,
+                     int64_t length, acc_t<T>* to) {
+  constexpr int64_t kLanes = lanes_of<T>;
+  const T* from = static_cast<const T*>(x.data) + batch * x.batch_stride + group * x.group_stride + t0 * x.seq_stride;
+  if (x.state_stride == 1) {
+    for (int64_t t = 0; t < length; ++t) {
+      acc_t<T>* row = to + t * padded_state;
+      for (int64_t n = 0; n < state; n += kLanes) {
+        store_upto(row + n, load_upto(from + t * x.seq_stride + n, state - n), state - n);
+      }
+    }
+  } else {
+    for (int64_t n = 0; n < state; ++n) {
+      for (int64_t t = 0; t < length; ++t) to[t * padded_state + n] = to_acc(from[t * x.seq_stride + n * x.state_stride]);
+    }
+  }
+  for (int64_t n = state; n < padded_state; ++n) {
+    for (int64_t t = 0; t < length; ++t) to[t * padded_state + n] = acc_t<T>(0);
+  }
+}
+
+// Sums over the lanes of `count` vectors. Lanes are added in order, after a transposition of as
+// many vectors; up to lanes - 1 vectors behind the last one are read.
+template <class A>
+void sum_lanes(const A* vectors, int64_t count, A* to) {
+  using V = vec_t<A>;
+  constexpr int64_t kLanes = lanes_of<A>;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    V rows[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) rows[j] = load(vectors + (i + j) * kLanes);
+    transpose(rows);
+    V sum = rows[0];
+    for (int64_t j = 1; j < kLanes; ++j) sum += rows[j];
+    store_upto(to + i, sum, count - i);
+  }
+}
+
+}  // namespace
+}  // namespace fastlm::FASTLM_CPU_LEVEL
