@@ -9,6 +9,9 @@ set(fastlm_flags_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mav
 list(APPEND fastlm_flags_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
 set(fastlm_flags_avx512_bf16 ${fastlm_flags_avx512} -mavx512bf16)
 
+if("avx512_bf16" IN_LIST FASTLM_CPU_LEVELS AND NOT "avx512" IN_LIST FASTLM_CPU_LEVELS)
+  list(APPEND FASTLM_CPU_LEVELS avx512) # families without a bf16 dot product use those kernels
+endif()
 set(FASTLM_BUILT_LEVELS default)
 foreach(level avx2 avx512 avx512_bf16)
   string(TOUPPER ${level} upper)

@@ -28,6 +28,16 @@
   FASTLM_IF_AVX512(namespace fastlm::avx512 { extern const Table name; }) \
   FASTLM_IF_AVX512_BF16(namespace fastlm::avx512_bf16 { extern const Table name; })
 
+// The same for families without a bf16 dot product: on avx512_bf16 they use their avx512 kernels, so they are compiled once.
+#define FASTLM_DECLARE_CPU_KERNELS_TO_AVX512(Table, name)                 \
+  namespace fastlm::default_ {                                            \
+  extern const Table name;                                                \
+  }                                                                       \
+  FASTLM_IF_AVX2(namespace fastlm::avx2 { extern const Table name; })     \
+  FASTLM_IF_AVX512(namespace fastlm::avx512 { extern const Table name; }) \
+  FASTLM_IF_AVX512_BF16(                                                  \
+      namespace fastlm::avx512_bf16 { [[maybe_unused]] static constexpr const Table& name = ::fastlm::avx512::name; })
+
 // In <op>/cpu.cpp: the table of the level in use, `const Table&`.
 #define FASTLM_CPU_KERNELS(name)                                                                         \
   (*[]() {                                                                                               \

@@ -43,6 +43,6 @@ struct UpdateKernels {
 
 }  // namespace fastlm::causal_conv1d
 
-FASTLM_DECLARE_CPU_KERNELS(causal_conv1d::ForwardKernels, causal_conv1d_forward)
-FASTLM_DECLARE_CPU_KERNELS(causal_conv1d::BackwardKernels, causal_conv1d_backward)
-FASTLM_DECLARE_CPU_KERNELS(causal_conv1d::UpdateKernels, causal_conv1d_update)
+FASTLM_DECLARE_CPU_KERNELS_TO_AVX512(causal_conv1d::ForwardKernels, causal_conv1d_forward)
+FASTLM_DECLARE_CPU_KERNELS_TO_AVX512(causal_conv1d::BackwardKernels, causal_conv1d_backward)
+FASTLM_DECLARE_CPU_KERNELS_TO_AVX512(causal_conv1d::UpdateKernels, causal_conv1d_update)

@@ -73,6 +73,6 @@ struct UpdateKernels {
 
 }  // namespace fastlm::selective_scan
 
-FASTLM_DECLARE_CPU_KERNELS(selective_scan::ForwardKernels, selective_scan_forward)
-FASTLM_DECLARE_CPU_KERNELS(selective_scan::BackwardKernels, selective_scan_backward)
-FASTLM_DECLARE_CPU_KERNELS(selective_scan::UpdateKernels, selective_scan_update)
+FASTLM_DECLARE_CPU_KERNELS_TO_AVX512(selective_scan::ForwardKernels, selective_scan_forward)
+FASTLM_DECLARE_CPU_KERNELS_TO_AVX512(selective_scan::BackwardKernels, selective_scan_backward)
+FASTLM_DECLARE_CPU_KERNELS_TO_AVX512(selective_scan::UpdateKernels, selective_scan_update)
