@@ -57,6 +57,10 @@ FASTLM_INLINE void packed_tile(const E* a, int64_t a_run_stride, const E* b, int
   using Sum = vec_t<operand_acc<E>>;
   constexpr int64_t kN = kPackedColumns<E>;
   Sum sum[kPackedRows][kPackedVectors] = {};
+  for (int r = 0; r < kPackedRows; ++r) {
+    __builtin_prefetch(c + r * c_row_stride, 1, 2);
+    __builtin_prefetch(c + r * c_row_stride + kN - 1, 1, 2);
+  }
   if constexpr (kForm == PackedA::kTransposed) {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < depth; ++k) packed_step<E, kForm>(a + k * kN, b + k * kN, sum);
@@ -96,6 +100,14 @@ struct PackedProduct {
   bool add;         // to what is in C, instead of overwriting it
 };
 
+// The columns of B that come after those in use are fetched into the second-level cache meanwhile, a share with every tile: 5 %.
+template <class E>
+FASTLM_INLINE void prefetch_share(const E* next, int64_t operands, int64_t tile, int64_t tiles) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(E));
+  const int64_t share = ceil_div(ceil_div(operands, kLine), tiles) * kLine;
+  for (int64_t i = 0; i < share; i += kLine) __builtin_prefetch(next + tile * share + i, 0, 2);
+}
+
 template <class E, PackedA kForm>
 void packed_multiply(const PackedProduct<E>& p) {
   constexpr int64_t kN = kPackedColumns<E>;
@@ -106,6 +118,7 @@ void packed_multiply(const PackedProduct<E>& p) {
     for (int64_t panel = 0; panel < p.columns / kN; ++panel) {
       const E* b = p.b + panel * p.b_panel_stride + k * kN;
       for (int64_t row = 0; row < p.rows; row += kPackedRows) {
+        prefetch_share(b + p.b_panel_stride, depth * kN, row / kPackedRows, p.rows / kPackedRows);
         const E* a =
             kForm == PackedA::kRows ? p.a + (k / kN) * p.a_stride + row * kN : p.a + (row / kN) * p.a_stride + row % kN + k * kN;
         auto* c = p.c + row * p.c_row_stride + panel * p.c_panel_stride;
