@@ -8,9 +8,8 @@
 // Every sum has a fixed order: dB and dC over the channels of a block, then over blocks; parameters over a slice of sequences,
 // then over slices.
 #include "core/scratch.h"
-#include "ops/selective_scan/cpu/exponential.h"
 #include "ops/selective_scan/cpu/kernels.h"
-#include "ops/selective_scan/cpu/tile.h"
+#include "ops/selective_scan/cpu/sweep.h"
 
 namespace fastlm::FASTLM_CPU_LEVEL {
 namespace {
@@ -20,186 +19,80 @@ using selective_scan::BackwardWork;
 using selective_scan::ChannelArrays;
 using selective_scan::Sequence;
 
-constexpr int64_t kStrip = 32;  // channels whose tiles are in scratch at a time
-
 // Scratch of one thread, in elements of the accumulation type.
 template <class A>
 struct Scratch {
-  A *dt, *u, *du, *dy;   // tiles of a strip: step, u, step * u, gradient of y
-  A *slope, *gate_grad;  // derivative of the step by delta; dout * d silu(z)/dz
-  A *lb, *lah;           // sum over states of lambda B, and of lambda a h decay; later du and ddelta
-  A* y;                  // sum over states of C h; later dz
-  A* h;                  // (strip / lanes, padded_state, lanes): state at the chunk's start
-  A* carry;              // (block / lanes, padded_state, lanes): a_{t+1} lambda_{t+1}
-  A *b, *c;              // (kChunk, padded_state)
-  A *db, *dc;            // (kChunk, padded_state, lanes): per lane, over the channels of the block
-  A *tape_a, *tape_h;    // (kChunk, kStateGroup, lanes), (kChunk + 1, kStateGroup, lanes)
+  A* tiles;    // kNumTiles tiles of a strip
+  A* h;        // (strip / lanes, padded_state, lanes): state at the chunk's start
+  A* carry;    // (block / lanes, padded_state, lanes): a_{t+1} lambda_{t+1}
+  A *b, *c;    // (kChunk, padded_state)
+  A *db, *dc;  // (kChunk, padded_state, lanes): per lane, over the channels of the block
+  A* tape;     // (kChunk + 1, kTapeRow, lanes)
 
   explicit Scratch(const Plan& plan) {
-    const int64_t tile = kStrip / lanes_of<A> * kPitch<A>;
     const int64_t rows = kChunk * plan.padded_state;
-    const int64_t tape = (kChunk + 1) * kStateGroup * lanes_of<A>;
-    const int64_t total = 9 * tile + (kStrip + plan.block) * plan.padded_state + 2 * rows + 2 * rows * lanes_of<A> + 2 * tape;
-    A* next = static_cast<A*>(thread_scratch(sizeof(A) * static_cast<size_t>(total)));
-    for (A** part : {&dt, &u, &du, &dy, &slope, &gate_grad, &lb, &lah, &y}) {
-      *part = next;
-      next += tile;
-    }
-    h = next;
+    const int64_t tape_size = (kChunk + 1) * kTapeRow * lanes_of<A>;
+    const int64_t total =
+        kNumTiles * kTile<A> + (kStrip + plan.block) * plan.padded_state + 2 * rows + 2 * rows * lanes_of<A> + tape_size;
+    tiles = static_cast<A*>(thread_scratch(sizeof(A) * static_cast<size_t>(total)));
+    h = tiles + kNumTiles * kTile<A>;
     carry = h + kStrip * plan.padded_state;
     b = carry + plan.block * plan.padded_state;
     c = b + rows;
     db = c + rows;
     dc = db + rows * lanes_of<A>;
-    tape_a = dc + rows * lanes_of<A>;
-    tape_h = tape_a + tape;
+    tape = dc + rows * lanes_of<A>;
   }
 };
-
-// ---- the two sweeps -----------------------------------------------------------------------------------------------
-
-// kStateGroup states of one vector of channels. `b`, `c`: rows of padded_state values, or, if constant, vectors of channels;
-// `db`, `dc`: (position, padded_state, lanes), or, if constant, vectors of channels.
-template <class A>
-struct Sweep {
-  int64_t length, padded_state;
-  const A *dt, *du, *dy;
-  const A *decay, *b, *c;
-  A *h, *carry, *da, *db, *dc;
-  A *lb, *lah, *y;
-  A *tape_a, *tape_h;
-};
-
-template <class A, bool kInRange, bool kConstantB>
-void sweep_forward(const Sweep<A>& s) {
-  using V = vec_t<A>;
-  constexpr int64_t kLanes = lanes_of<A>;
-  V h[kStateGroup];
-  for (int64_t k = 0; k < kStateGroup; ++k) {
-    h[k] = load(s.h + k * kLanes);
-    store(s.tape_h + k * kLanes, h[k]);
-  }
-  for (int64_t t = 0; t < s.length; ++t) {
-    const int64_t row = t * kStateGroup * kLanes;
-    for (int64_t k = 0; k < kStateGroup; k += 2) {
-      V a[2];
-      for (int i = 0; i < 2; ++i) a[i] = load(s.dt + t * kLanes) * load(s.decay + (k + i) * kLanes);
-      exp2_each<kInRange, 2>(a);
-      for (int i = 0; i < 2; ++i) {
-        const V in = kConstantB ? load(s.b + (k + i) * kLanes) : broadcast<V>(s.b[t * s.padded_state + k + i]);
-        h[k + i] = fma(a[i], h[k + i], load(s.du + t * kLanes) * in);
-        store(s.tape_a + row + (k + i) * kLanes, a[i]);
-        store(s.tape_h + row + (kStateGroup + k + i) * kLanes, h[k + i]);
-      }
-    }
-  }
-}
-
-template <class A, bool kConstantB, bool kConstantC, bool kGate>
-void sweep_back(const Sweep<A>& s) {
-  using V = vec_t<A>;
-  constexpr int64_t kLanes = lanes_of<A>;
-  V carry[kStateGroup], da[kStateGroup];
-  for (int64_t k = 0; k < kStateGroup; ++k) {
-    carry[k] = load(s.carry + k * kLanes);
-    da[k] = zero<V>();
-  }
-  for (int64_t t = s.length - 1; t >= 0; --t) {
-    const int64_t row = t * kStateGroup * kLanes;
-    const int64_t pair = t * s.padded_state;
-    const V dt = load(s.dt + t * kLanes), du = load(s.du + t * kLanes), dy = load(s.dy + t * kLanes);
-    V lb = load(s.lb + t * kLanes), lah = load(s.lah + t * kLanes), y = zero<V>();
-    if (kGate) y = load(s.y + t * kLanes);
-    for (int64_t k = 0; k < kStateGroup; ++k) {
-      const V b = kConstantB ? load(s.b + k * kLanes) : broadcast<V>(s.b[pair + k]);
-      const V c = kConstantC ? load(s.c + k * kLanes) : broadcast<V>(s.c[pair + k]);
-      const V h = load(s.tape_h + row + (kStateGroup + k) * kLanes);
-      const V lambda = fma(c, dy, carry[k]);
-      carry[k] = load(s.tape_a + row + k * kLanes) * lambda;
-      const V ah = carry[k] * load(s.tape_h + row + k * kLanes);  // lambda a_t h_{t-1}
-      da[k] = fma(dt, ah, da[k]);
-      lah = fma(load(s.decay + k * kLanes), ah, lah);
-      lb = fma(b, lambda, lb);
-      if (kGate) y = fma(c, h, y);
-      A* db = s.db + (kConstantB ? k : pair + k) * kLanes;
-      A* dc = s.dc + (kConstantC ? k : pair + k) * kLanes;
-      store(db, fma(lambda, du, load(db)));
-      store(dc, fma(dy, h, load(dc)));
-    }
-    store(s.lb + t * kLanes, lb);
-    store(s.lah + t * kLanes, lah);
-    if (kGate) store(s.y + t * kLanes, y);
-  }
-  for (int64_t k = 0; k < kStateGroup; ++k) {
-    store(s.carry + k * kLanes, carry[k]);
-    store(s.da + k * kLanes, load(s.da + k * kLanes) + da[k]);
-  }
-}
-
-template <class A>
-using SweepFunction = void (*)(const Sweep<A>&);
-
-template <class A>
-SweepFunction<A> choose_forward(bool in_range, bool constant_b) {
-  static constexpr SweepFunction<A> kTable[4] = {sweep_forward<A, false, false>, sweep_forward<A, false, true>,
-                                                 sweep_forward<A, true, false>, sweep_forward<A, true, true>};
-  return kTable[2 * in_range + constant_b];
-}
-
-template <class A>
-SweepFunction<A> choose_back(bool constant_b, bool constant_c, bool gate) {
-  static constexpr SweepFunction<A> kTable[8] = {sweep_back<A, false, false, false>, sweep_back<A, false, false, true>,
-                                                 sweep_back<A, false, true, false>,  sweep_back<A, false, true, true>,
-                                                 sweep_back<A, true, false, false>,  sweep_back<A, true, false, true>,
-                                                 sweep_back<A, true, true, false>,   sweep_back<A, true, true, true>};
-  return kTable[4 * constant_b + 2 * constant_c + gate];
-}
 
 // ---- before and after the sweeps ----------------------------------------------------------------------------------
 
-// One vector of channels of a strip; `at` is its place in the tiles. Raw delta (in dt), dout (in dy) and z (in gate_grad) become
-// what the sweeps and finish_vector need. Returns whether every exponent is in the range that needs no clamping.
+// One vector of channels of a strip, its place in the first tile given. Raw values become what the sweeps and finish_vector need.
+// Returns whether every exponent is in the range that needs no clamping.
 template <class A>
-bool stage_vector(const Scratch<A>& s, int64_t at, int64_t length, bool softplus, bool gate, const A* bias_ptr,
-                  const A* bound_ptr) {
+bool stage_vector(A* tile, int64_t length, bool softplus, bool gate, const A* bias_ptr, const A* bound_ptr) {
   using V = vec_t<A>;
   const V bias = load(bias_ptr), bound = load(bound_ptr);
   V longest = zero<V>();
-  for (int64_t i = at; i < at + length * lanes_of<A>; i += lanes_of<A>) {
-    V step = load(s.dt + i) + bias;
+  for (int64_t t = 0; t < length; ++t, tile += lanes_of<A>) {
+    V step = load(tile + kStep * kTile<A>) + bias;
     V slope = broadcast<V>(A(1));
     if (softplus) step = step_softplus(step, &slope);
-    store(s.dt + i, step);
-    store(s.slope + i, slope);
-    store(s.du + i, step * load(s.u + i));
+    store(tile + kStep * kTile<A>, step);
+    store(tile + kSlope * kTile<A>, slope);
+    store(tile + kStepIn * kTile<A>, step * load(tile + kInput * kTile<A>));
     longest = larger(absolute(step), longest);
-    store(s.lb + i, zero<V>());
-    store(s.lah + i, zero<V>());
+    store(tile + kSumB * kTile<A>, zero<V>());
+    store(tile + kSumDecay * kTile<A>, zero<V>());
     if (gate) {
-      const V dout = load(s.dy + i), z = load(s.gate_grad + i), sigma = gate_sigmoid(z);
-      store(s.dy + i, dout * (z * sigma));
-      store(s.gate_grad + i, dout * (sigma * (A(1) + z * (A(1) - sigma))));
-      store(s.y + i, zero<V>());
+      const V dout = load(tile + kGrad * kTile<A>), z = load(tile + kGateGrad * kTile<A>), sigma = gate_sigmoid(z);
+      store(tile + kGrad * kTile<A>, dout * (z * sigma));
+      store(tile + kGateGrad * kTile<A>, dout * (sigma * (A(1) + z * (A(1) - sigma))));
+      store(tile + kOutput * kTile<A>, zero<V>());
     }
   }
   return all_lanes(longest <= bound);
 }
 
-// Leaves du in lb, ddelta in lah and dz in y; adds to the gradients of D and the bias.
+// Turns the sums of the sweeps into du, ddelta and dz; adds to the gradients of D and the bias.
 template <class A>
-void finish_vector(const Scratch<A>& s, int64_t at, int64_t length, bool gate, const A* skip_ptr, A* dskip_ptr, A* dbias_ptr) {
+void finish_vector(A* tile, int64_t length, bool gate, const A* skip_ptr, A* dskip_ptr, A* dbias_ptr) {
   using V = vec_t<A>;
   const V skip = load(skip_ptr);
   V dskip = load(dskip_ptr), dbias = load(dbias_ptr);
-  for (int64_t i = at; i < at + length * lanes_of<A>; i += lanes_of<A>) {
-    const V lb = load(s.lb + i), dy = load(s.dy + i), u = load(s.u + i);
+  for (int64_t t = 0; t < length; ++t, tile += lanes_of<A>) {
+    const V sum_b = load(tile + kSumB * kTile<A>), dy = load(tile + kGrad * kTile<A>), u = load(tile + kInput * kTile<A>);
     // decay is A log2(e): ln 2 turns the sum back into one over A.
-    const V ddelta = fma(u, lb, A(0.6931471805599453) * load(s.lah + i)) * load(s.slope + i);
-    store(s.lb + i, fma(skip, dy, load(s.dt + i) * lb));
-    store(s.lah + i, ddelta);
+    const V ddt = fma(u, sum_b, A(0.6931471805599453) * load(tile + kSumDecay * kTile<A>));
+    const V ddelta = ddt * load(tile + kSlope * kTile<A>);
+    store(tile + kSumB * kTile<A>, fma(skip, dy, load(tile + kStep * kTile<A>) * sum_b));
+    store(tile + kSumDecay * kTile<A>, ddelta);
     dskip = fma(dy, u, dskip);
     dbias += ddelta;
-    if (gate) store(s.y + i, load(s.gate_grad + i) * fma(skip, u, load(s.y + i)));
+    if (gate) {
+      const V y = fma(skip, u, load(tile + kOutput * kTile<A>));
+      store(tile + kOutput * kTile<A>, load(tile + kGateGrad * kTile<A>) * y);
+    }
   }
   store(dskip_ptr, dskip);
   store(dbias_ptr, dbias);
@@ -241,30 +134,31 @@ void load_start(const BackwardParams& p, const Plan& plan, const Sequence& s, in
 template <class T>
 void strip_backward(const BackwardParams& p, const Plan& plan, const ChannelArrays& arrays, const acc_t<T>* prepared,
                     acc_t<T>* partial, const Sequence& s, const Block& block, int64_t first, int64_t count, int64_t t0,
-                    int64_t length, const Scratch<acc_t<T>>& scratch) {
+                    int64_t length, const Ahead<T>& ahead, const Scratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   constexpr int64_t kLanes = lanes_of<T>;
+  const int64_t groups = plan.padded_state / kStateGroup;
   const int64_t dim = block.dim + first;
   const bool gate = p.z.data != nullptr;
-  load_tile<T>(p.delta, s.batch, t0, length, dim, count, scratch.dt);
-  load_tile<T>(p.u, s.batch, t0, length, dim, count, scratch.u);
-  load_tile<T>(p.dout, s.batch, t0, length, dim, count, scratch.dy);
-  if (gate) load_tile<T>(p.z, s.batch, t0, length, dim, count, scratch.gate_grad);
+  const auto tile = [&](Tile which) { return scratch.tiles + which * kTile<A>; };
+  load_tile<T>(p.delta, s.batch, t0, length, dim, count, tile(kStep));
+  load_tile<T>(p.u, s.batch, t0, length, dim, count, tile(kInput));
+  load_tile<T>(p.dout, s.batch, t0, length, dim, count, tile(kGrad));
+  if (gate) load_tile<T>(p.z, s.batch, t0, length, dim, count, tile(kGateGrad));
+  Sweep<A> sweep;
+  sweep.length = length;
+  sweep.padded_state = plan.padded_state;
+  sweep.tape = scratch.tape;
   for (int64_t c = 0; c < count; c += kLanes) {
-    const int64_t at = c / kLanes * kPitch<A>;
     const int64_t channel = block.array + first + c;
-    const bool in_range = stage_vector(scratch, at, length, p.delta_softplus, gate, prepared + arrays.bias + channel,
+    sweep.tile = scratch.tiles + c / kLanes * kPitch<A>;
+    const bool in_range = stage_vector(sweep.tile, length, p.delta_softplus, gate, prepared + arrays.bias + channel,
                                        prepared + arrays.bound + channel);
     const SweepFunction<A> forward = choose_forward<A>(in_range, p.B.constant);
     const SweepFunction<A> back = choose_back<A>(p.B.constant, p.C.constant, gate);
     for (int64_t n = 0; n < plan.padded_state; n += kStateGroup) {
+      ahead.ask(c / kLanes * groups + n / kStateGroup, ceil_div(count, kLanes) * groups);
       const int64_t pair = channel * plan.padded_state + n * kLanes;
-      Sweep<A> sweep;
-      sweep.length = length;
-      sweep.padded_state = plan.padded_state;
-      sweep.dt = scratch.dt + at;
-      sweep.du = scratch.du + at;
-      sweep.dy = scratch.dy + at;
       sweep.decay = prepared + arrays.decay + pair;
       sweep.b = p.B.constant ? prepared + arrays.b + pair : scratch.b + n;
       sweep.c = p.C.constant ? prepared + arrays.c + pair : scratch.c + n;
@@ -273,20 +167,15 @@ void strip_backward(const BackwardParams& p, const Plan& plan, const ChannelArra
       sweep.da = partial + arrays.decay + pair;
       sweep.db = p.B.constant ? partial + arrays.b + pair : scratch.db + n * kLanes;
       sweep.dc = p.C.constant ? partial + arrays.c + pair : scratch.dc + n * kLanes;
-      sweep.lb = scratch.lb + at;
-      sweep.lah = scratch.lah + at;
-      sweep.y = scratch.y + at;
-      sweep.tape_a = scratch.tape_a;
-      sweep.tape_h = scratch.tape_h;
       forward(sweep);
       back(sweep);
     }
-    finish_vector(scratch, at, length, gate, prepared + arrays.skip + channel, partial + arrays.skip + channel,
+    finish_vector(sweep.tile, length, gate, prepared + arrays.skip + channel, partial + arrays.skip + channel,
                   partial + arrays.bias + channel);
   }
-  store_tile<T>(p.du, s.batch, t0, length, dim, count, scratch.lb);
-  store_tile<T>(p.ddelta, s.batch, t0, length, dim, count, scratch.lah);
-  if (gate) store_tile<T>(p.dz, s.batch, t0, length, dim, count, scratch.y);
+  store_tile<T>(p.du, s.batch, t0, length, dim, count, tile(kSumB));
+  store_tile<T>(p.ddelta, s.batch, t0, length, dim, count, tile(kSumDecay));
+  if (gate) store_tile<T>(p.dz, s.batch, t0, length, dim, count, tile(kOutput));
 }
 
 template <class A>
@@ -315,14 +204,12 @@ void sequence_backward(const BackwardParams& p, const Plan& plan, const ChannelA
       load_projection<T>(p.C, p.state, plan.padded_state, s.batch, block.group * p.C.groups / p.groups, t0, length, scratch.c);
     }
     for (int64_t i = 0; i < 2 * kChunk * plan.padded_state * kLanes; ++i) scratch.db[i] = A(0);  // db and dc
+    const Activation* const tensors[] = {&p.delta, &p.u, &p.dout, &p.z, &p.du, &p.ddelta, &p.dz, nullptr};
     for (int64_t first = 0; first < block.count; first += kStrip) {
       const int64_t count = min_of(kStrip, block.count - first);
-      for (const Activation* x : {&p.delta, &p.u, &p.dout, &p.z, &p.du, &p.ddelta, &p.dz}) {
-        prefetch_tile<T>(*x, s.batch, t0 - kChunk, k > 0 ? kChunk : 0, block.dim, block.count, first / kStrip,
-                         ceil_div(block.count, kStrip));
-      }
+      const auto ahead = strip_ahead<T>(tensors, s.batch, block, first, t0, length, t0 - kChunk, k > 0 ? kChunk : 0);
       load_start(p, plan, s, row, k, block.dim + first, count, scratch.h);
-      strip_backward<T>(p, plan, arrays, prepared, partial, s, block, first, count, t0, length, scratch);
+      strip_backward<T>(p, plan, arrays, prepared, partial, s, block, first, count, t0, length, ahead, scratch);
     }
     const int64_t position = s.batch * p.seqlen + t0;
     if (!p.B.constant) {

@@ -16,9 +16,6 @@ using selective_scan::Parameter;
 using selective_scan::Params;
 using selective_scan::Sequence;
 
-// Channels whose tiles are in scratch at a time: three tiles of 8 KiB, beside B and C in the first-level cache.
-constexpr int64_t kStrip = 32;
-
 // ---- parameters, once per call ------------------------------------------------------------------------------------
 
 template <class A>
@@ -215,10 +212,11 @@ void store_all_states(const ForwardParams& p, int64_t position, int64_t length, 
 template <class T>
 void scan_strip(const ForwardParams& p, const Plan& plan, const ChannelArrays& arrays, const acc_t<T>* prepared,
                 const Sequence& s, const Block& block, int64_t first, int64_t count, int64_t t0, int64_t length,
-                const Scratch<acc_t<T>>& scratch) {
+                const Ahead<T>& ahead, const Scratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   constexpr int64_t kLanes = lanes_of<T>;
   const int64_t dim = block.dim + first;
+  const int64_t groups = plan.padded_state / kStateGroup;
   load_tile<T>(p.delta, s.batch, t0, length, dim, count, scratch.dt);
   load_tile<T>(p.u, s.batch, t0, length, dim, count, scratch.du);
   for (int64_t c = 0; c < count; c += kLanes) {
@@ -231,6 +229,7 @@ void scan_strip(const ForwardParams& p, const Plan& plan, const ChannelArrays& a
                                       prepared + arrays.skip + channel, prepared + arrays.bound + channel, dt, du, y);
     const ScanStates<A> scan = choose_scan<A>(in_range, p.B.constant, p.C.constant, p.all_states != nullptr);
     for (int64_t n = 0; n < plan.padded_state; n += kStateGroup) {
+      ahead.ask(c / kLanes * groups + n / kStateGroup, ceil_div(count, kLanes) * groups);
       const int64_t pair = channel * plan.padded_state + n * kLanes;
       scan(length, dt, du, prepared + arrays.decay + pair, p.B.constant ? prepared + arrays.b + pair : scratch.b + n,
            p.C.constant ? prepared + arrays.c + pair : scratch.c + n, plan.padded_state,
@@ -261,13 +260,11 @@ void scan_tile(const ForwardParams& p, const Plan& plan, const ChannelArrays& ar
   if (!p.C.constant) {
     load_projection<T>(p.C, p.state, plan.padded_state, s.batch, block.group * p.C.groups / p.groups, t0, length, scratch.c);
   }
-  const int64_t next = t0 + kChunk;
+  const Activation* const tensors[] = {&p.delta, &p.u, &p.z, &p.out, nullptr};
+  const int64_t next = t0 + length;
   for (int64_t first = 0; first < block.count; first += kStrip) {
-    for (const Activation* x : {&p.delta, &p.u, &p.z, &p.out}) {
-      prefetch_tile<T>(*x, s.batch, next, min_of(kChunk, s.end - next), block.dim, block.count, first / kStrip,
-                       ceil_div(block.count, kStrip));
-    }
-    scan_strip<T>(p, plan, arrays, prepared, s, block, first, min_of(kStrip, block.count - first), t0, length, scratch);
+    const auto ahead = strip_ahead<T>(tensors, s.batch, block, first, t0, length, next, min_of(kChunk, s.end - next));
+    scan_strip<T>(p, plan, arrays, prepared, s, block, first, min_of(kStrip, block.count - first), t0, length, ahead, scratch);
   }
 }
 

@@ -17,6 +17,8 @@ using selective_scan::kStateGroup;
 using selective_scan::Plan;
 using selective_scan::Projection;
 
+constexpr int64_t kStrip = 32;  // channels whose tiles are in scratch at a time
+
 // One cache line more than a vector's tile: tiles of neighbouring vectors fall into different cache sets.
 template <class A>
 constexpr int64_t kPitch = kChunk * lanes_of<A> + 64 / static_cast<int64_t>(sizeof(A));
@@ -92,21 +94,41 @@ void store_tile(const Activation& x, int64_t batch, int64_t t0, int64_t length, 
   }
 }
 
-// Asks for part `part` of `parts` of a tile's cache lines, to be there when the tile is loaded: its rows (or channels, if time is
-// contiguous) lie pages apart, where no hardware prefetcher follows. A null tensor or an empty tile asks for nothing.
+// The tiles that will be worked on next. Asking for them a few lines at a time between pieces of arithmetic keeps the memory busy
+// without ever waiting for it: their rows (or channels, if time is contiguous) lie pages apart, where no hardware prefetcher
+// follows, and a burst of requests would fill the core's few buffers for outstanding misses.
 template <class T>
-FASTLM_INLINE void prefetch_tile(const Activation& x, int64_t batch, int64_t t0, int64_t length, int64_t dim, int64_t count,
-                                 int64_t part, int64_t parts) {
-  if (x.data == nullptr || length <= 0) return;
-  const T* from = static_cast<const T*>(x.data) + batch * x.batch_stride + t0 * x.seq_stride + dim * x.dim_stride;
-  const bool rows = x.dim_stride == 1;
-  const int64_t lines = rows ? length : count;
-  const int64_t bytes = (rows ? count : length) * static_cast<int64_t>(sizeof(T));
-  const int64_t stride = rows ? x.seq_stride : x.dim_stride;
-  for (int64_t i = lines * part / parts, last = lines * (part + 1) / parts; i < last; ++i) {
-    const char* line = reinterpret_cast<const char*>(from + i * stride);
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
+struct Ahead {
+  const Activation* const* tensors;  // null-terminated; those without data are passed over
+  int64_t batch, t0, length, dim, count;
+
+  // Part `part` of `parts`.
+  FASTLM_INLINE void ask(int64_t part, int64_t parts) const {
+    if (length <= 0) return;
+    for (const Activation* const* next = tensors; *next != nullptr; ++next) {
+      const Activation& x = **next;
+      if (x.data == nullptr) continue;
+      const T* from = static_cast<const T*>(x.data) + batch * x.batch_stride + t0 * x.seq_stride + dim * x.dim_stride;
+      const bool rows = x.dim_stride == 1;
+      const int64_t runs = rows ? length : count;
+      const int64_t bytes = (rows ? count : length) * static_cast<int64_t>(sizeof(T));
+      const int64_t stride = rows ? x.seq_stride : x.dim_stride;
+      for (int64_t i = runs * part / parts, last = runs * (part + 1) / parts; i < last; ++i) {
+        const char* run = reinterpret_cast<const char*>(from + i * stride);
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(run + b, 0, 2);
+      }
+    }
   }
+};
+
+// The strip of kStrip channels after the one at (t0, first) of a block: the next channels, or the
+// first ones of the next tile, which begins at next_t0 and has next_length positions.
+template <class T>
+FASTLM_INLINE Ahead<T> strip_ahead(const Activation* const* tensors, int64_t batch, const Block& block, int64_t first, int64_t t0,
+                                   int64_t length, int64_t next_t0, int64_t next_length) {
+  const int64_t next = first + kStrip;
+  if (next < block.count) return {tensors, batch, t0, length, block.dim + next, min_of(kStrip, block.count - next)};
+  return {tensors, batch, next_t0, next_length, block.dim, min_of(kStrip, block.count)};
 }
 
 // B or C of one of its own groups as (kChunk, padded_state); padding states become 0.
