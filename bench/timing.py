@@ -28,7 +28,7 @@ class Plan:
     sample: float
 
 
-QUICK = Plan(rounds=9, least_rounds=3, budget=0.5, sample=0.005)
+QUICK = Plan(rounds=9, least_rounds=3, budget=0.3, sample=0.005)
 FULL = Plan(rounds=31, least_rounds=5, budget=6.0, sample=0.02)
 
 

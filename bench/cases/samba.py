@@ -41,7 +41,9 @@ def _step(B: int, L: int, *, quick: bool = False) -> Case:
         ),
         work={STEP: Work(B * L, "tokens")},
         part=STEP,
-        targets=(
+        targets=()
+        if quick
+        else (
             Target(STEP, "speedup", 10, "plain PyTorch"),
             Target(STEP, "speedup", 10, "plain PyTorch, step loop"),
         ),

@@ -104,18 +104,22 @@ def _reference_by_pieces(inputs: Inputs) -> Call:
     scan = member("fastlm.reference", "selective_scan")
     along_time = ("u", "delta", "z", "B", "C")
 
-    def piece(begin: int, state: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def piece(state: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         cut = dict(zip(inputs, tensors, strict=True))
-        cut |= {name: cut[name][..., begin : begin + _REFERENCE_STEPS] for name in along_time}
         out, last = scan(**cut, delta_softplus=True, return_last_state=True, initial_state=state)
         return out, last
 
     def call() -> Tensor:
         u, A = inputs["u"], inputs["A"]
         state = torch.zeros(u.shape[0], *A.shape, dtype=torch.float64)
+        count = -(-u.shape[2] // _REFERENCE_STEPS)
+        cuts = [
+            t.split(_REFERENCE_STEPS, dim=-1) if name in along_time else (t,) * count
+            for name, t in inputs.items()
+        ]
         outs = []
-        for begin in range(0, u.shape[2], _REFERENCE_STEPS):
-            out, state = checkpoint(piece, begin, state, *inputs.values(), use_reentrant=False)
+        for tensors in zip(*cuts, strict=True):
+            out, state = checkpoint(piece, state, *tensors, use_reentrant=False)
             outs.append(out)
         return torch.cat(outs, dim=2)
 

@@ -21,7 +21,7 @@ def cases() -> list[Case]:
     found = []
     for dtype in ("fp32", "bf16"):
         found += [
-            _loss(dtype, 256, 256, 4096, quick=True),
+            _loss(dtype, 128, 256, 4096, quick=True),
             _loss(dtype, 1024, 256, 4096),
             _loss(dtype, 1024, 1024, 32000),
             _score(dtype, 1024, 1024, 32000),
