@@ -31,9 +31,10 @@ SMALL: dict[str, Any] = {
     "dtype": "fp32",
 }
 
-# Children start from a process that has imported torch already but has no threads: cheap, and safe to fork.
+# Children start from a process that has imported torch already but has no threads: cheap, and safe to fork. torch's
+# optimizers import torch._dynamo when the first one is made.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["fastlm.training"])
+context.set_forkserver_preload(["fastlm.training", "torch._dynamo"])
 
 
 def write_text(folder: Path) -> Path:

@@ -63,7 +63,7 @@ QUICK = DemoSize(
     settings={
         "vocab_size": 1024,
         "seq_len": 128,
-        "batch_tokens": 1024,
+        "batch_tokens": 512,
         "warmup_steps": 5,
         "max_bytes": 1_500_000,
         "eval_tokens": 1024,
