@@ -36,6 +36,31 @@ void load_channels(const Activation& x, int64_t row, int64_t dim, int64_t count,
   }
 }
 
+template <class E, class A>
+FASTLM_INLINE void load_elements(const void* data, int64_t stride, int64_t dim, int64_t count, A* to) {
+  const E* from = static_cast<const E*>(data) + dim * stride;
+  if (stride == 1) {
+    for (int64_t c = 0; c < count; ++c) to[c] = static_cast<A>(to_acc(from[c]));
+  } else {
+    for (int64_t c = 0; c < count; ++c) to[c] = static_cast<A>(to_acc(from[c * stride]));
+  }
+}
+
+// A parameter (D,); its dtype is looked at once, not per channel.
+template <class A>
+void load_parameter(const Parameter& x, int64_t dim, int64_t count, A* to) {
+  switch (x.dtype) {
+    case DType::kFloat32:
+      return load_elements<float>(x.data, x.dim_stride, dim, count, to);
+    case DType::kBFloat16:
+      return load_elements<bfloat16>(x.data, x.dim_stride, dim, count, to);
+    case DType::kFloat16:
+      return load_elements<float16>(x.data, x.dim_stride, dim, count, to);
+    case DType::kFloat64:
+      return load_elements<double>(x.data, x.dim_stride, dim, count, to);
+  }
+}
+
 template <class T>
 void load_inputs(const UpdateParams& p, int64_t row, int64_t dim, int64_t count, Inputs<acc_t<T>>& in) {
   using A = acc_t<T>;
@@ -45,8 +70,9 @@ void load_inputs(const UpdateParams& p, int64_t row, int64_t dim, int64_t count,
   load_channels<T>(p.x, row, dim, count, in.x);
   load_channels<T>(p.dt, row, dim, count, in.step);
   if (p.z.data != nullptr) load_channels<T>(p.z, row, dim, count, in.z);
-  for (int64_t c = 0; c < count && p.dt_bias.data != nullptr; ++c) {
-    in.step[c] += load_param<A>(p.dt_bias.data, p.dt_bias.dtype, (dim + c) * p.dt_bias.dim_stride);
+  if (p.dt_bias.data != nullptr) {
+    load_parameter(p.dt_bias, dim, count, in.in);
+    for (int64_t c = 0; c < count; ++c) in.step[c] += in.in[c];
   }
   for (int64_t c = 0; c < count; c += kLanes) {
     V step = load(in.step + c);
@@ -99,36 +125,39 @@ void update_block(const UpdateParams& p, int64_t row, int64_t slot, int64_t dim,
   using V = vec_t<T>;
   constexpr int64_t kLanes = lanes_of<T>;
   load_inputs<T>(p, row, dim, count, in);
-  const bool plain_a = p.A.dtype == DTypeOf<A>::value && p.A.state_stride == 1;
+  const bool plain = p.A.dtype == DTypeOf<A>::value && p.A.state_stride == 1 && p.state_state_stride == 1;
   const int64_t dim_b = p.dim / p.B.groups, dim_c = p.dim / p.C.groups;  // channels per group
-  for (int64_t c = 0; c < count; ++c) {
-    const int64_t d = dim + c;
-    if (c == 0 || d % dim_b == 0) load_vector<T>(p.B, row, d / dim_b, p.state, in.b);
-    if (c == 0 || d % dim_c == 0) load_vector<T>(p.C, row, d / dim_c, p.state, in.c);
-    A a_row[kMaxState];
-    const A* a = a_row;
-    if (plain_a) {
-      a = static_cast<const A*>(p.A.data) + d * p.A.dim_stride;
-    } else {
+  S* const rows = static_cast<S*>(p.state_data) + slot * p.state_batch_stride;
+  for (int64_t c = 0; c < count;) {
+    // Channels up to the next border of a group share B and C; no division per channel.
+    const int64_t group_b = (dim + c) / dim_b, group_c = (dim + c) / dim_c;
+    const int64_t end = min_of(count, min_of((group_b + 1) * dim_b, (group_c + 1) * dim_c) - dim);
+    load_vector<T>(p.B, row, group_b, p.state, in.b);
+    load_vector<T>(p.C, row, group_c, p.state, in.c);
+    for (; c < end; ++c) {
+      const int64_t d = dim + c;
+      S* h = rows + d * p.state_dim_stride;
+      A* product = in.products + c * kLanes;
+      if (plain) {
+        const A* a = static_cast<const A*>(p.A.data) + d * p.A.dim_stride;
+        update_contiguous(h, a, p.state, in.step[c], in.in[c], in.b, in.c, product);
+        continue;
+      }
+      A a_row[kMaxState];
+      S h_row[kMaxState];
       for (int64_t n = 0; n < p.state; ++n) {
         a_row[n] = load_param<A>(p.A.data, p.A.dtype, d * p.A.dim_stride + n * p.A.state_stride);
+        h_row[n] = h[n * p.state_state_stride];
       }
+      update_contiguous(h_row, a_row, p.state, in.step[c], in.in[c], in.b, in.c, product);
+      for (int64_t n = 0; n < p.state; ++n) h[n * p.state_state_stride] = h_row[n];
     }
-    S* h = static_cast<S*>(p.state_data) + slot * p.state_batch_stride + d * p.state_dim_stride;
-    A* product = in.products + c * kLanes;
-    if (p.state_state_stride == 1) {
-      update_contiguous(h, a, p.state, in.step[c], in.in[c], in.b, in.c, product);
-      continue;
-    }
-    S h_row[kMaxState];
-    for (int64_t n = 0; n < p.state; ++n) h_row[n] = h[n * p.state_state_stride];
-    update_contiguous(h_row, a, p.state, in.step[c], in.in[c], in.b, in.c, product);
-    for (int64_t n = 0; n < p.state; ++n) h[n * p.state_state_stride] = h_row[n];
   }
   for (int64_t i = count * kLanes; i < ceil_div(count, kLanes) * kLanes * kLanes; ++i) in.products[i] = A(0);
   sum_lanes(in.products, count, in.sums);
-  for (int64_t c = 0; c < count && p.D.data != nullptr; ++c) {
-    in.sums[c] += load_param<A>(p.D.data, p.D.dtype, (dim + c) * p.D.dim_stride) * in.x[c];
+  if (p.D.data != nullptr) {
+    load_parameter(p.D, dim, count, in.step);  // the steps are used up
+    for (int64_t c = 0; c < count; ++c) in.sums[c] += in.step[c] * in.x[c];
   }
   T* out = static_cast<T*>(p.out.data) + row * p.out.batch_stride + dim;
   for (int64_t c = 0; c < count; c += kLanes) {
