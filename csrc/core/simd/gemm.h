@@ -23,7 +23,7 @@ template <class E>
 constexpr int64_t kTileCols = 2 * lanes_of<operand_acc<E>>;
 
 enum class Layout { kRowMajor, kColumnMajor };
-// What C holds before the products are added: nothing (zero), its own values, or those times one factor per row.
+// What the products are added to: nothing (zero), what C holds, or that times one factor per row.
 enum class Start { kZero, kAdd, kScale };
 
 template <class E, Layout kLayout, Start kStart, int kVecs>
@@ -31,15 +31,7 @@ FASTLM_INLINE void tile_body(const E* a, int64_t a_stride, const E* b, int64_t b
                              int64_t c_stride, const operand_acc<E>* row_factor) {
   using V = vec_t<operand_acc<E>>;
   constexpr int64_t kLanes = lanes_of<operand_acc<E>>;
-  V sum[kTileRows][kVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      sum[r][v] = kStart == Start::kZero ? zero<V>() : load(c + r * c_stride + v * kLanes);
-      if (kStart == Start::kScale) sum[r][v] *= broadcast<V>(row_factor[r]);
-    }
-  }
+  V sum[kTileRows][kVecs] = {};
   for (int64_t d = 0; d < depth; ++d) {
     operand_vec<E> row[kVecs];
 #pragma GCC unroll 2
@@ -56,7 +48,12 @@ FASTLM_INLINE void tile_body(const E* a, int64_t a_stride, const E* b, int64_t b
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      operand_acc<E>* to = c + r * c_stride + v * kLanes;
+      if (kStart == Start::kAdd) sum[r][v] = load(to) + sum[r][v];
+      if (kStart == Start::kScale) sum[r][v] = fma(load(to), broadcast<V>(row_factor[r]), sum[r][v]);
+      store(to, sum[r][v]);
+    }
   }
 }
 
@@ -123,23 +120,24 @@ void gemm_panels(const Strip<E>* strips, int64_t num_strips, int64_t a_stride, c
   }
 }
 
-// The same products for one row of C, term by term: depths [begin, end) only, nothing beside them is read as a number. For the
-// few tiles in which a masked operand is not finite, where 0 * operand would not be 0.
+// One row of C = factor C + A B, term by term: depths [begin, end) only, nothing beside them is read as a number. For the few
+// tiles in which a masked operand is not finite, where 0 * operand would not be 0; the bits are those of a tile otherwise.
 template <class E>
 void gemm_row_exact(const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t begin, int64_t end, operand_acc<E>* c,
-                    int64_t cols) {
-  constexpr int64_t kLanes = lanes_of<operand_acc<E>>;
+                    int64_t cols, operand_acc<E> factor) {
+  using V = vec_t<operand_acc<E>>;
   constexpr int64_t kDepth = depth_per_operand<E>;
-  for (int64_t d = begin / kDepth; d < operand_depth<E>(end); ++d) {
-    const auto x = broadcast_operand(a[d * a_stride]);
-    for (int64_t n = 0; n < cols; n += kLanes) {
+  for (int64_t n = 0; n < cols; n += lanes_of<operand_acc<E>>) {
+    V sum = zero<V>();
+    for (int64_t d = begin / kDepth; d < operand_depth<E>(end); ++d) {
       auto row = load_operands(b + d * b_stride + n);
       if constexpr (kDepth == 2) {  // a pair may reach one depth beyond either end
         if (d * 2 < begin) row &= broadcast_operand(Bf16Pair{0xffff0000u});
         if (d * 2 + 1 >= end) row &= broadcast_operand(Bf16Pair{0x0000ffffu});
       }
-      store(c + n, multiply_add(x, row, load(c + n)));
+      sum = multiply_add(broadcast_operand(a[d * a_stride]), row, sum);
     }
+    store(c + n, fma(load(c + n), broadcast<V>(factor), sum));
   }
 }
 

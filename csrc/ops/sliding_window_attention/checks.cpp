@@ -35,6 +35,13 @@ void check_like(const char* op, const char* name, const Tensor& t, const Tensor&
   check_same_device(op, name, t, "q", q);
 }
 
+// Written in place, so there is no copy to fall back to.
+void check_unit_stride(const char* op, const char* name, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  FASTLM_CHECK_VALUE(t.stride(last) == 1 || t.size(last) <= 1, op, ": ", name,
+                     " must have stride 1 over its last dimension, got ", t.stride(last));
+}
+
 void check_longest(const char* op, const char* name, std::optional<int64_t> given, const std::vector<int64_t>& bounds) {
   if (!given.has_value()) return;
   int64_t longest = 0;
@@ -128,6 +135,8 @@ void check_update(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                      " + ", q.size(1), " slots (left bound of the window + new tokens), got ", k_cache.size(1));
   check_shape(op, "v_cache", v_cache, shape_of(k_cache));
   check_like(op, "v_cache", v_cache, q);
+  check_unit_stride(op, "k_cache", k_cache);
+  check_unit_stride(op, "v_cache", v_cache);
   check_index_vector(op, "cache_seqlens", cache_seqlens);
   check_shape(op, "cache_seqlens", cache_seqlens, {q.size(0)});
   check_same_device(op, "cache_seqlens", cache_seqlens, "q", q);

@@ -51,4 +51,20 @@ struct BackwardParams : Params {  // `out` and `lse` are inputs here
   void* row_delta;             // like lse: sum over K of dout * out, minus dlse
 };
 
+// m new tokens per row of the batch. The token at position n lies at slot n mod ring of the caches.
+struct UpdateParams {
+  int64_t batch, num_new, num_heads, num_kv_heads, head_dim, ring;
+  int64_t left;  // keys seen before a token's own; not negative, at most ring
+  double softmax_scale;
+
+  ConstHeadRows q, k, v;             // (B, m, H, K), (B, m, Hkv, K), T
+  MutableHeadRows k_cache, v_cache;  // (B, ring, Hkv, K), T
+  MutableHeadRows out;               // (B, m, H, K), T
+  const int64_t* cache_seqlens;      // (B,) tokens before this call
+
+  const void *rotary_cos, *rotary_sin;  // (P, K/2), or null
+  DType rotary_dtype;
+  int64_t cos_row_stride, cos_stride, sin_row_stride, sin_stride;
+};
+
 }  // namespace fastlm::sliding_window_attention

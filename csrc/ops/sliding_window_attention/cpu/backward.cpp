@@ -149,7 +149,7 @@ void weigh(const BackwardTile<T>& t, const Scoring& score, int64_t r0, int64_t p
     product[i].end = product[i].begin;  // nothing left for the strip as a whole
     for (int64_t k = 0; k < kTileRows; ++k) {
       gemm_row_exact(t.ds + (r + k) * t.ds_stride, 1, t.k_across, t.across_stride, t.visible[r + k].begin, t.visible[r + k].end,
-                     dq + (r + k) * dq_stride, head_dim);
+                     dq + (r + k) * dq_stride, head_dim, acc_t<T>(1));
     }
   }
   gemm_strips<E, Layout::kRowMajor, Start::kAdd>(product, strips, t.ds_stride, t.k_across, t.across_stride, dq_stride, head_dim);
@@ -177,7 +177,8 @@ void add_to_keys(const E* weights, int64_t weights_stride, const E* x, int64_t x
       if (!exact) continue;
       product[i].end = product[i].begin;
       for (int64_t k = j; k <= last; ++k) {
-        gemm_row_exact(weights + k, weights_stride, x, x_stride, seen[k].begin, seen[k].end, dsum + k * dsum_stride, head_dim);
+        gemm_row_exact(weights + k, weights_stride, x, x_stride, seen[k].begin, seen[k].end, dsum + k * dsum_stride, head_dim,
+                       operand_acc<E>(1));
       }
     }
     gemm_strips<E, Layout::kColumnMajor, Start::kAdd>(product, strips, weights_stride, x, x_stride, dsum_stride, head_dim);
@@ -291,40 +292,61 @@ void backward_chunks(const BackwardParams& p, const PartialLayout& l, const KeyC
   for (int64_t i = begin; i < end; ++i) backward_chunk<T>(p, l, chunks[i], tile);
 }
 
-// For every row of a block of queries: f(position in the tensors, head, row).
-template <class F>
-FASTLM_INLINE void for_rows(const Params& p, const QueryBlock& b, const F& f) {
-  const int64_t group = p.num_heads / p.num_kv_heads;
-  for (int64_t i = b.begin; i < b.end; ++i) {
-    for (int64_t g = 0; g < group; ++g) f(i, b.kv_head * group + g, (i - b.begin) * group + g);
+// dout . out of as many rows as a vector has lanes, summed in the order in which a tile sums dout . v: for a row that sees one
+// key, whose out is that key's value, both are the same number, and its dS is exactly zero.
+template <class T>
+FASTLM_INLINE vec_t<T> dot_rows(const T* const* dout, const T* const* out, int64_t n) {
+  using E = operand_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>, kDepth = depth_per_operand<E>;
+  vec_t<T> sum = zero<vec_t<T>>();
+  for (int64_t d = 0; d < operand_depth<E>(n); d += kLanes) {
+    vec_t<T> a[kLanes], b[kLanes];  // bits are moved, not read: pairs may pose as floats
+    for (int64_t i = 0; i < kLanes; ++i) {
+      a[i] = (vec_t<T>)load_source<E>(dout[i] + d * kDepth, n - d * kDepth);
+      b[i] = (vec_t<T>)load_source<E>(out[i] + d * kDepth, n - d * kDepth);
+    }
+    transpose(a);
+    transpose(b);
+    const int64_t steps = min_of(kLanes, operand_depth<E>(n) - d);
+    for (int64_t i = 0; i < steps; ++i) sum = multiply_add((operand_vec<E>)a[i], (operand_vec<E>)b[i], sum);
   }
+  return sum;
 }
 
 template <class T>
 void row_delta(const BackwardParams& p, const QueryBlock* blocks, int64_t begin, int64_t end) {
   using A = acc_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  const int64_t group = p.num_heads / p.num_kv_heads;
   for (int64_t b = begin; b < end; ++b) {
-    const Sequence& s = p.sequences[blocks[b].sequence];
-    for_rows(p, blocks[b], [&](int64_t i, int64_t head, int64_t) {
-      const T* dout = head_row<T>(p.dout, s.batch, s.q_begin + i, head);
-      const T* out = head_row<T>(p.out, s.batch, s.q_begin + i, head);
-      auto sum = zero<vec_t<T>>();
-      for (int64_t n = 0; n < p.head_dim; n += lanes_of<T>) {
-        sum = fma(load_upto(dout + n, p.head_dim - n), load_upto(out + n, p.head_dim - n), sum);
+    const QueryBlock& block = blocks[b];
+    const Sequence& s = p.sequences[block.sequence];
+    const int64_t rows = (block.end - block.begin) * group;
+    for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
+      const T* dout[kLanes];
+      const T* out[kLanes];
+      const auto position = [&](int64_t r) { return s.q_begin + block.begin + r / group; };
+      const auto head = [&](int64_t r) { return block.kv_head * group + r % group; };
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t r = min_of(r0 + i, rows - 1);
+        dout[i] = head_row<T>(p.dout, s.batch, position(r), head(r));
+        out[i] = head_row<T>(p.out, s.batch, position(r), head(r));
       }
-      A delta = reduce_add(sum);
-      if (p.dlse != nullptr) {
-        delta -= static_cast<const A*>(
-            p.dlse)[s.batch * p.dlse_batch_stride + head * p.dlse_head_stride + (s.q_begin + i) * p.dlse_seq_stride];
+      const auto delta = dot_rows<T>(dout, out, p.head_dim);
+      for (int64_t i = 0; i < kLanes && r0 + i < rows; ++i) {
+        const int64_t r = r0 + i;
+        const int64_t at = s.batch * p.dlse_batch_stride + head(r) * p.dlse_head_stride + position(r) * p.dlse_seq_stride;
+        const A dlse = p.dlse == nullptr ? A(0) : static_cast<const A*>(p.dlse)[at];
+        static_cast<A*>(p.row_delta)[s.batch * p.lse_batch_stride + head(r) * p.lse_head_stride + position(r)] = delta[i] - dlse;
       }
-      static_cast<A*>(p.row_delta)[s.batch * p.lse_batch_stride + head * p.lse_head_stride + s.q_begin + i] = delta;
-    });
+    }
   }
 }
 
 template <class T>
 void reduce_queries(const BackwardParams& p, const PartialLayout& l, const QueryBlock* blocks, int64_t begin, int64_t end) {
   using A = acc_t<T>;
+  const int64_t group = p.num_heads / p.num_kv_heads;
   for (int64_t b = begin; b < end; ++b) {
     const QueryBlock& block = blocks[b];
     const Sequence& s = p.sequences[block.sequence];
@@ -333,8 +355,8 @@ void reduce_queries(const BackwardParams& p, const PartialLayout& l, const Query
     // The chunks that touched this block, in order.
     const Range seen = {visible_keys(p, s, block.begin).begin, visible_keys(p, s, block.end - 1).end};
     const int64_t first = seen.begin / keys, last = seen.begin < seen.end ? (seen.end - 1) / keys : first - 1;
-    for_rows(p, block, [&](int64_t i, int64_t head, int64_t row) {
-      T* dq = head_row<T>(p.dq, s.batch, s.q_begin + i, head);
+    for (int64_t row = 0; row < (block.end - block.begin) * group; ++row) {
+      T* dq = head_row<T>(p.dq, s.batch, s.q_begin + block.begin + row / group, block.kv_head * group + row % group);
       for (int64_t n = 0; n < p.head_dim; n += lanes_of<T>) {
         auto sum = zero<vec_t<T>>();
         for (int64_t c = first; c <= last; ++c) {
@@ -342,7 +364,7 @@ void reduce_queries(const BackwardParams& p, const PartialLayout& l, const Query
         }
         store_upto(dq + n, sum * static_cast<A>(p.softmax_scale), p.head_dim - n);
       }
-    });
+    }
   }
 }
 

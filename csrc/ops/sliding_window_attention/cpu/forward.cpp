@@ -141,9 +141,8 @@ void attend(const ForwardTile<T>& t, const Scoring& score, int64_t r0, int64_t r
     if (!exact[i]) continue;
     product[i].end = product[i].begin;  // nothing left for the strip as a whole
     for (int64_t k = 0; k < min_of(kTileRows, rows - r); ++k) {
-      acc_t<T>* o = t.o + (r + k) * t.o_stride;
-      for (int64_t n = 0; n < head_dim; n += lanes_of<T>) store(o + n, load(o + n) * broadcast<vec_t<T>>(t.factor[r + k]));
-      gemm_row_exact(t.p + (row + k) * t.p_stride, 1, t.v, t.v_stride, own[k].begin, own[k].end, o, head_dim);
+      gemm_row_exact(t.p + (row + k) * t.p_stride, 1, t.v, t.v_stride, own[k].begin, own[k].end, t.o + (r + k) * t.o_stride,
+                     head_dim, t.factor[r + k]);
     }
   }
   gemm_strips<E, Layout::kRowMajor, Start::kScale>(product, strips, t.p_stride, t.v, t.v_stride, t.o_stride, head_dim);

@@ -70,7 +70,39 @@ struct BackwardKernels {
   ReduceQueries reduce[4];
 };
 
+// ---- decoding -----------------------------------------------------------------------------------------------------
+// Positions are cut at multiples of kSplit; every piece of a row's window gives a maximum, a sum and a weighted sum of values per
+// query, which are put together in order. So there is parallel work even for one row, and the same bits for every number of
+// threads.
+
+constexpr int64_t kSplit = 256;
+constexpr int64_t kQueryAlign = 16;  // elements: row length of prepared queries and of partial sums, a multiple of every vector
+
+// Pieces that a window of `keys` positions may touch.
+static constexpr int64_t num_splits(int64_t keys) { return keys <= 1 ? 1 : (keys - 2) / kSplit + 2; }
+
+// Working memory of one call, accumulation type.
+struct UpdateWorkspace {
+  void* queries;    // (B, m, H, columns) turned and scaled, the padding zero
+  void* sums;       // (B, Hkv, splits, m * H / Hkv, columns)
+  void* weights;    // (B, Hkv, splits, m * H / Hkv, 2): largest score, sum of weights
+  int64_t columns;  // K, padded
+  int64_t splits;
+};
+
+// Items: (row, token): writes the caches, prepares the queries.
+// Items: (row, key head, split): partial sums.
+// Items: (row, key head): puts them together.
+using UpdatePhase = void (*)(const UpdateParams&, const UpdateWorkspace&, int64_t begin, int64_t end);
+
+struct UpdateKernels {
+  UpdatePhase write[4];
+  UpdatePhase attend[4];
+  UpdatePhase merge[4];
+};
+
 }  // namespace fastlm::sliding_window_attention
 
 FASTLM_DECLARE_CPU_KERNELS(sliding_window_attention::ForwardKernels, sliding_window_attention_forward)
 FASTLM_DECLARE_CPU_KERNELS(sliding_window_attention::BackwardKernels, sliding_window_attention_backward)
+FASTLM_DECLARE_CPU_KERNELS(sliding_window_attention::UpdateKernels, sliding_window_attention_update)
