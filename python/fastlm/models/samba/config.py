@@ -49,8 +49,7 @@ class SambaConfig:
         ValueError: a field is out of range; the text names field, expected and found value.
 
     Example:
-        >>> config = SambaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=4,
-        intermediate_size=128)
+        >>> config = SambaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=4)
         >>> config.layer_types
         ('mamba', 'sliding_attention', 'mamba', 'sliding_attention')
     """
