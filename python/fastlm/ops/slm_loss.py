@@ -74,7 +74,7 @@ def linear_nll(
         Differentiable once in hidden, weight and bias, through every output. The backward pass recomputes the logits, for those
         tokens only that have a gradient: masking the losses makes it cheaper, and the hidden state of a token without a gradient
         is not read. It accumulates in float32 (float64) and rounds the gradients of hidden and weight once, at the end.
-        Scratch memory: about 30 MB at `h = 1024`, plus one float32 copy of hidden in the backward pass.
+        Scratch memory of the backward pass at `h = 1024`: 4 MB, and 11 KB per token; no `(T, V)` and no second `(V, h)` buffer.
         Same bits for every number of threads and in every run. Under autocast hidden and weight are cast as for `F.linear`.
 
     Source: Lin et al., arXiv 2404.07965, equations 1 and 8; the online sum is Milakov and Gimelshein, arXiv 1805.02867.
