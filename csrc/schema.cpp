@@ -42,6 +42,7 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, *, "
       "int[2] window_size=[-1, -1], bool causal=True, float? softmax_scale=None, float softcap=0.0, "
       "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> (Tensor out, Tensor lse)");
+  // Gradients of q, k and v; probabilities are recomputed from lse.
   m.def(
       "sliding_window_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, *, int[2] window_size, bool causal, float? softmax_scale, "
