@@ -20,7 +20,9 @@ _LOCATE = pathlib.Path(__file__).resolve().parent.parent / "third_party" / "loca
 
 def _torch_is_installed() -> bool:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
-    return subprocess.run([sys.executable, str(_LOCATE)], env=environment, capture_output=True).returncode == 0
+    return (
+        subprocess.run([sys.executable, str(_LOCATE)], env=environment, capture_output=True).returncode == 0
+    )
 
 
 def _requirements(found: list[str]) -> list[str]:

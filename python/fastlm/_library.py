@@ -49,7 +49,9 @@ def _load_module(folder: Path) -> ModuleType:
             sys.modules["fastlm._C"] = module
             sys.modules["fastlm"]._C = module  # type: ignore[attr-defined]
             return module
-    raise ImportError(f"fastlm: {folder} holds {_LIBRARY} but no module _C for Python {sys.version.split()[0]}")
+    raise ImportError(
+        f"fastlm: {folder} holds {_LIBRARY} but no module _C for Python {sys.version.split()[0]}"
+    )
 
 
 def load() -> None:

@@ -58,9 +58,7 @@ def _check_forward(
     checks.dim(op, "x", x, 3, "(B, D, L)")
     _check_filter(op, x, weight, bias)
     if seq_idx is not None:
-        torch._check_value(
-            cu_seqlens is None, lambda: f"{op}: seq_idx and cu_seqlens must not both be given"
-        )
+        torch._check_value(cu_seqlens is None, lambda: f"{op}: seq_idx and cu_seqlens must not both be given")
         torch._check_value(
             seq_idx.dtype in (torch.int32, torch.int64),
             lambda: f"{op}: seq_idx must have dtype int32 or int64, got {checks.name_of(seq_idx.dtype)}",

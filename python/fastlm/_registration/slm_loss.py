@@ -72,7 +72,11 @@ def _fake_forward(
     dtype = _loss_dtype(hidden)
     nll = hidden.new_empty(labels.shape, dtype=dtype)
     lse = hidden.new_empty(labels.shape, dtype=dtype)
-    return nll, lse, hidden.new_empty(labels.shape, dtype=dtype) if return_entropy else no_tensor(hidden, dtype)
+    return (
+        nll,
+        lse,
+        hidden.new_empty(labels.shape, dtype=dtype) if return_entropy else no_tensor(hidden, dtype),
+    )
 
 
 def _fake_backward(
