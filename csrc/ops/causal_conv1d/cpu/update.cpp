@@ -54,18 +54,84 @@ void update_channel(const UpdateParams& p, int64_t row, int64_t slot, int64_t d)
   }
 }
 
+// One token for channels [d0, d1) of a row, without a ring: sums go to a buffer first, so that the activation runs in vectors.
+constexpr int64_t kBlock = 64;
+
+template <class T, class P>
+FASTLM_INLINE void one_token_sums(const UpdateParams& p, const P* weight, const T* x, T* state, int64_t d0, int64_t d1,
+                                  acc_t<T>* sums) {
+  using A = acc_t<T>;
+  const int64_t keep = p.width - 1;
+  const int64_t last = p.state_len - 1;
+  for (int64_t d = d0; d < d1; ++d) {
+    const P* w = weight + d * p.weight_dim_stride;
+    T* s = state + d * p.state_dim_stride;
+    const T raw = x[d * p.x_dim_stride];
+    A sum = sums[d - d0];
+    for (int64_t j = 0; j < keep; ++j) {
+      sum += static_cast<A>(to_acc(w[j * p.weight_width_stride])) * to_acc(s[(p.state_len - keep + j) * p.state_len_stride]);
+    }
+    sums[d - d0] = sum + static_cast<A>(to_acc(w[keep * p.weight_width_stride])) * to_acc(raw);
+    for (int64_t i = 0; i < last; ++i) s[i * p.state_len_stride] = s[(i + 1) * p.state_len_stride];
+    if (last >= 0) s[last * p.state_len_stride] = raw;
+  }
+}
+
+template <class T>
+void update_one_token(const UpdateParams& p, int64_t row, int64_t slot, int64_t d0, int64_t d1) {
+  using A = acc_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_batch_stride;
+  T* out = static_cast<T*>(p.out) + row * p.out_batch_stride;
+  T* state = static_cast<T*>(p.conv_state) + slot * p.state_batch_stride;
+  for (int64_t c0 = d0; c0 < d1; c0 += kBlock) {
+    const int64_t c1 = min_of(c0 + kBlock, d1);
+    alignas(64) A sums[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) sums[i] = A(0);
+    if (p.bias != nullptr) {
+      for (int64_t d = c0; d < c1; ++d) sums[d - c0] = load_param<A>(p.bias, p.bias_dtype, d * p.bias_stride);
+    }
+    switch (p.weight_dtype) {
+      case DType::kFloat32:
+        one_token_sums<T>(p, static_cast<const float*>(p.weight), x, state, c0, c1, sums);
+        break;
+      case DType::kBFloat16:
+        one_token_sums<T>(p, static_cast<const bfloat16*>(p.weight), x, state, c0, c1, sums);
+        break;
+      case DType::kFloat16:
+        one_token_sums<T>(p, static_cast<const float16*>(p.weight), x, state, c0, c1, sums);
+        break;
+      case DType::kFloat64:
+        one_token_sums<T>(p, static_cast<const double*>(p.weight), x, state, c0, c1, sums);
+        break;
+    }
+    if (p.silu) {
+      for (int64_t i = 0; i < kBlock; i += kLanes) store(sums + i, silu(load(sums + i)));
+    }
+    for (int64_t d = c0; d < c1; ++d) out[d * p.out_dim_stride] = from_acc<T>(sums[d - c0]);
+  }
+}
+
 template <class T>
 void update(const UpdateParams& p, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) {
+  for (int64_t item = begin; item < end;) {
     const int64_t row = item / p.dim;
-    const int64_t d = item % p.dim;
+    const int64_t d0 = item - row * p.dim;
+    const int64_t d1 = min_of(p.dim, d0 + (end - item));
+    item += d1 - d0;
     const int64_t slot = p.conv_state_indices == nullptr ? row : p.conv_state_indices[row];
-    if (slot >= 0) {
-      update_channel<T>(p, row, slot, d);
+    if (slot >= 0 && p.num_tokens == 1 && p.cache_seqlens == nullptr) {
+      update_one_token<T>(p, row, slot, d0, d1);
       continue;
     }
-    T* out = static_cast<T*>(p.out) + row * p.out_batch_stride + d * p.out_dim_stride;
-    for (int64_t t = 0; t < p.num_tokens; ++t) out[t * p.out_seq_stride] = from_acc<T>(acc_t<T>(0));
+    for (int64_t d = d0; d < d1; ++d) {
+      if (slot >= 0) {
+        update_channel<T>(p, row, slot, d);
+        continue;
+      }
+      T* out = static_cast<T*>(p.out) + row * p.out_batch_stride + d * p.out_dim_stride;
+      for (int64_t t = 0; t < p.num_tokens; ++t) out[t * p.out_seq_stride] = from_acc<T>(acc_t<T>(0));
+    }
   }
 }
 
