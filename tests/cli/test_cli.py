@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -92,29 +91,19 @@ def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["help", "version", "train help", "completion"],
 )
-def test_help_version_and_completion_are_instant(arguments: list[str], extra: dict[str, str]) -> None:
+def test_help_version_and_completion_load_nothing_heavy(arguments: list[str], extra: dict[str, str]) -> None:
+    """What makes them instant; the time itself is a benchmark's business."""
     environment = {**os.environ, **extra}
     code = f"import sys; sys.argv = ['fastlm', *{arguments!r}]\nfrom fastlm_cli.main import run\nrun()"
-    best = 10.0
-    for _ in range(25):  # processor time, the least of some: the wall clock counts other processes too
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0, done.stderr
-        if best < 0.25:
-            break
-    assert best < 0.3, f"took {best:.2f} s"
     heavy = (
         "import sys, atexit\n"
-        "heavy = lambda: [m for m in ('torch', 'fastlm', 'numpy') if m in sys.modules]\n"
+        "heavy = lambda: [m for m in ('torch', 'fastlm', 'numpy', 'tokenizers') if m in sys.modules]\n"
         "atexit.register(lambda: print(heavy(), file=sys.stderr))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", heavy + code], capture_output=True, text=True, env=environment, check=False
     )
+    assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
     if extra:
         assert "train" in done.stdout
