@@ -22,26 +22,24 @@ using selective_scan::Sequence;
 // Scratch of one thread, in elements of the accumulation type.
 template <class A>
 struct Scratch {
-  A* tiles;    // kNumTiles tiles of a strip
-  A* h;        // (strip / lanes, padded_state, lanes): state at the chunk's start
-  A* carry;    // (block / lanes, padded_state, lanes): a_{t+1} lambda_{t+1}
-  A *b, *c;    // (kChunk, padded_state)
-  A *db, *dc;  // (kChunk, padded_state, lanes): per lane, over the channels of the block
-  A* tape;     // (kChunk + 1, kTapeRow, lanes)
+  A* tiles;  // kNumTiles tiles of a strip
+  A* h;      // (strip / lanes, padded_state, lanes): state at the chunk's start
+  A* carry;  // (block / lanes, padded_state, lanes): a_{t+1} lambda_{t+1}
+  A *b, *c;  // (kChunk, padded_state)
+  A* sums;   // (kChunk, groups of states, kSumsRow): dB and dC over the channels of the block
+  A* tape;   // (kChunk + 1, kTapeRow, lanes)
 
   explicit Scratch(const Plan& plan) {
     const int64_t rows = kChunk * plan.padded_state;
     const int64_t tape_size = (kChunk + 1) * kTapeRow * lanes_of<A>;
-    const int64_t total =
-        kNumTiles * kTile<A> + (kStrip + plan.block) * plan.padded_state + 2 * rows + 2 * rows * lanes_of<A> + tape_size;
+    const int64_t total = kNumTiles * kTile<A> + (kStrip + plan.block) * plan.padded_state + 4 * rows + tape_size;
     tiles = static_cast<A*>(thread_scratch(sizeof(A) * static_cast<size_t>(total)));
     h = tiles + kNumTiles * kTile<A>;
     carry = h + kStrip * plan.padded_state;
     b = carry + plan.block * plan.padded_state;
     c = b + rows;
-    db = c + rows;
-    dc = db + rows * lanes_of<A>;
-    tape = dc + rows * lanes_of<A>;
+    sums = c + rows;
+    tape = sums + 2 * rows;
   }
 };
 
@@ -148,6 +146,7 @@ void strip_backward(const BackwardParams& p, const Plan& plan, const ChannelArra
   Sweep<A> sweep;
   sweep.length = length;
   sweep.padded_state = plan.padded_state;
+  sweep.sums_stride = 2 * plan.padded_state;
   sweep.tape = scratch.tape;
   for (int64_t c = 0; c < count; c += kLanes) {
     const int64_t channel = block.array + first + c;
@@ -165,8 +164,9 @@ void strip_backward(const BackwardParams& p, const Plan& plan, const ChannelArra
       sweep.h = scratch.h + c * plan.padded_state + n * kLanes;
       sweep.carry = scratch.carry + (first + c) * plan.padded_state + n * kLanes;
       sweep.da = partial + arrays.decay + pair;
-      sweep.db = p.B.constant ? partial + arrays.b + pair : scratch.db + n * kLanes;
-      sweep.dc = p.C.constant ? partial + arrays.c + pair : scratch.dc + n * kLanes;
+      sweep.db = partial + arrays.b + pair;
+      sweep.dc = partial + arrays.c + pair;
+      sweep.sums = scratch.sums + 2 * n;
       forward(sweep);
       back(sweep);
     }
@@ -203,7 +203,7 @@ void sequence_backward(const BackwardParams& p, const Plan& plan, const ChannelA
     if (!p.C.constant) {
       load_projection<T>(p.C, p.state, plan.padded_state, s.batch, block.group * p.C.groups / p.groups, t0, length, scratch.c);
     }
-    for (int64_t i = 0; i < 2 * kChunk * plan.padded_state * kLanes; ++i) scratch.db[i] = A(0);  // db and dc
+    for (int64_t i = 0; i < 2 * length * plan.padded_state; ++i) scratch.sums[i] = A(0);
     const Activation* const tensors[] = {&p.delta, &p.u, &p.dout, &p.z, &p.du, &p.ddelta, &p.dz, nullptr};
     for (int64_t first = 0; first < block.count; first += kStrip) {
       const int64_t count = min_of(kStrip, block.count - first);
@@ -212,11 +212,12 @@ void sequence_backward(const BackwardParams& p, const Plan& plan, const ChannelA
       strip_backward<T>(p, plan, arrays, prepared, partial, s, block, first, count, t0, length, ahead, scratch);
     }
     const int64_t position = s.batch * p.seqlen + t0;
-    if (!p.B.constant) {
-      sum_lanes(scratch.db, length * plan.padded_state, position_partial<A>(p, plan, work, block_index, 0, position));
-    }
-    if (!p.C.constant) {
-      sum_lanes(scratch.dc, length * plan.padded_state, position_partial<A>(p, plan, work, block_index, 1, position));
+    for (int which = 0; which < 2; ++which) {
+      A* to = position_partial<A>(p, plan, work, block_index, which, position);
+      const A* from = scratch.sums + which * kStateGroup;
+      for (int64_t i = 0; i < length * plan.padded_state; i += kStateGroup) {
+        __builtin_memcpy(to + i, from + 2 * i, kStateGroup * sizeof(A));
+      }
     }
   }
   if (p.dinitial_state == nullptr) return;
