@@ -7,8 +7,7 @@
 //   transposed A    (rows / N, k, N)      columns of B, read as A
 // For single values "rows of A" is the same memory as "columns of B" with k and columns exchanged: one packed matrix serves as A
 // of one product and as B of another. Packed memory is padded to whole tiles, so a tile is never cut; what lies in the padding of
-// C is never looked at. Sums over k run in order, in blocks of kPackedDepth: the columns of B in use then stay in the first-level
-// cache.
+// C is never looked at. Sums over k run in order, in blocks: the columns of B in use then stay in the first-level cache.
 #pragma once
 
 #include "core/simd/operand.h"
@@ -94,10 +93,11 @@ struct PackedProduct {
   operand_acc<E>* c;
   int64_t c_row_stride;
   int64_t c_panel_stride;
-  int64_t depth;    // operands of k
-  int64_t rows;     // multiple of kPackedRows; transposed A: begins at a multiple of N
-  int64_t columns;  // multiple of N
-  bool add;         // to what is in C, instead of overwriting it
+  int64_t depth;                 // operands of k
+  int64_t rows;                  // multiple of kPackedRows; transposed A: begins at a multiple of N
+  int64_t columns;               // multiple of N
+  bool add;                      // to what is in C, instead of overwriting it
+  int64_t block = kPackedDepth;  // operands of k summed in one go, a multiple of N: with it the order of the sum is given
 };
 
 // The columns of B that come after those in use are fetched into the second-level cache meanwhile, a share with every tile: 5 %.
@@ -113,7 +113,7 @@ void packed_multiply(const PackedProduct<E>& p) {
   constexpr int64_t kN = kPackedColumns<E>;
   int64_t k = 0;
   do {  // once at least: an empty sum still writes zeros
-    const int64_t depth = min_of(kPackedDepth, p.depth - k);
+    const int64_t depth = min_of(p.block, p.depth - k);
     const bool add = p.add || k > 0;
     for (int64_t panel = 0; panel < p.columns / kN; ++panel) {
       const E* b = p.b + panel * p.b_panel_stride + k * kN;
@@ -125,7 +125,7 @@ void packed_multiply(const PackedProduct<E>& p) {
         packed_tile<E, kForm>(a, p.a_stride, b, depth, c, p.c_row_stride, add);
       }
     }
-    k += kPackedDepth;
+    k += p.block;
   } while (k < p.depth);
 }
 

@@ -164,7 +164,7 @@ class Pipeline {
         k_(kernel_index(dtype)),
         row_blocks_(ceil_div(params.num_rows, kRowBlock)),
         hidden_blocks_(ceil_div(params.padded_hidden, kColumnBlock)) {
-    // Wide enough for all threads to find work in one phase; sums run over pack.depth words at a time, however many there are.
+    // Wide enough for all threads to find work in one phase; sums run over pack.depth words at a time, whatever the width.
     const int64_t unit = pack_.depth[k_];
     const int64_t wanted = ceil_div(2 * static_cast<int64_t>(torch::stable::get_num_threads()), row_blocks_);
     size_ = unit * std::min({wanted, ceil_div(p_.vocab, unit), int64_t{8}});

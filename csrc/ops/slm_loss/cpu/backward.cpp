@@ -150,6 +150,7 @@ void dhidden(const BackwardParams& p, const Panel& panel, int64_t piece) {
   product.rows = ceil_div(rows, kPackedRows) * kPackedRows;
   product.columns = min_of(kColumnBlock, p.padded_hidden - column);
   product.add = panel.begin > 0;
+  product.block = kPackedDepth / depth_per_operand<E>;  // as many words as the narrowest panel: the same sums for every width
   packed_multiply<E, PackedA::kRows>(product);
   if (panel.end < p.vocab) return;
   for (int64_t r = 0; r < rows; ++r) {

@@ -15,7 +15,7 @@ using Backward = void (*)(const BackwardParams&, const Panel&, int64_t piece);
 struct PackKernels {
   int64_t columns[4];           // N: columns of a tile
   int64_t elements[4];          // values per operand: 2 where bf16 is multiplied in pairs, and then A and transposed A differ
-  int64_t depth[4];             // rows or columns over which sums run in one go; panels are multiples of it
+  int64_t depth[4];             // words of the narrowest panel; panels are multiples of it
   Pack hidden[4];               // pieces: blocks of rows
   PackPanel weight_columns[4];  // pieces: blocks of kRowBlock columns of the panel; with the bias
   PackPanel weight_rows[4];     // the same

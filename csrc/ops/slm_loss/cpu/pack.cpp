@@ -51,8 +51,7 @@ extern const slm_loss::PackKernels slm_loss_pack;
 const slm_loss::PackKernels slm_loss_pack = {
     {columns_of<float>, columns_of<bfloat16>, columns_of<float16>, columns_of<double>},
     {elements_of<float>, elements_of<bfloat16>, elements_of<float16>, elements_of<double>},
-    {kPackedDepth * elements_of<float>, kPackedDepth * elements_of<bfloat16>, kPackedDepth * elements_of<float16>,
-     kPackedDepth * elements_of<double>},
+    {kPackedDepth, kPackedDepth, kPackedDepth, kPackedDepth},
     {hidden<float>, hidden<bfloat16>, hidden<float16>, hidden<double>},
     {weight_columns<float>, weight_columns<bfloat16>, weight_columns<float16>, weight_columns<double>},
     {weight_rows<float>, weight_rows<bfloat16>, weight_rows<float16>, weight_rows<double>},
