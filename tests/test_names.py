@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from fastlm import ops
 from tests.support import samples
 
 ROOT = Path(__file__).parent.parent
 TREES = ("csrc", "python", "tests", "bench", "tools", "cmake")
 SOURCES = {".py", ".pyi", ".h", ".cpp", ".inl", ".cu", ".cuh", ".cmake"}
 LONGEST = 450  # lines
-LONGEST_TEST = 800  # an operator has one test file, with its six headings
 
 # Words that say nothing, and names that would shadow a system include.
 EMPTY_WORDS = {"utils", "util", "common", "misc", "helpers", "helper", "torch", "cuda_runtime"}
@@ -44,9 +44,7 @@ def test_no_name_says_nothing():
 
 def test_no_file_is_too_long():
     long = {
-        str(p.relative_to(ROOT)): n
-        for p in sources()
-        if (n := len(p.read_text().splitlines())) > (LONGEST_TEST if "tests" in p.parts else LONGEST)
+        str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.read_text().splitlines())) > LONGEST
     }
     assert not long, f"split by phase or by instance, not at random: {long}"
 
@@ -56,6 +54,12 @@ def test_python_modules_are_called_as_the_operator_folders(package):
     folder = Path(importlib.import_module(package).__file__).parent
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert modules == families()
+
+
+def test_tests_of_operators_are_called_as_a_family_or_what_is_in_it():
+    names = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    assert names >= families()
+    assert names <= families() | set(samples.operators()) | set(ops.__all__)
 
 
 def test_samples_are_called_as_the_operator_folders():

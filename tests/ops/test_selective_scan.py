@@ -1,4 +1,4 @@
-"""selective_scan and selective_state_update against their reference."""
+"""selective_scan against its reference; gradients in `test_selective_scan_backward.py`."""
 
 from __future__ import annotations
 
@@ -10,48 +10,12 @@ from torch import Tensor
 
 from fastlm import ops, reference
 from tests.support import conformance, samples, strategies
-from tests.support.conformance import assert_gradients_match_reference, assert_matches_reference
+from tests.support.conformance import assert_matches_reference
 from tests.support.layouts import Draw
 from tests.support.samples import Call
+from tests.support.samples.selective_scan import positions, scan_inputs
 
 FORWARD = samples.of("selective_scan")
-BACKWARD = samples.of("selective_scan_backward")
-UPDATE = samples.of("selective_state_update")
-# What the public function and the reference call it.
-WITH_STATE = {"return_last_state": True}
-
-
-def scan_inputs(
-    draw: Draw,
-    batch: int,
-    dim: int,
-    length: int,
-    state: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    layout: str = "contiguous",
-    groups: int | None = None,
-) -> dict[str, Tensor | bool]:
-    """Arguments by name, every optional tensor among them but cu_seqlens and initial_state."""
-    inner = (state,) if groups is None else (groups, state)
-    u, delta, z = (draw.normal(batch, dim, length, dtype=dtype, layout=layout) for _ in range(3))
-    return {
-        "u": u,
-        "delta": delta,
-        "A": -draw.normal(dim, state).exp().to(torch.promote_types(dtype, torch.float32)),
-        "B": draw.normal(batch, *inner, length, dtype=dtype),
-        "C": draw.normal(batch, *inner, length, dtype=dtype),
-        "D": draw.normal(dim),
-        "z": z,
-        "delta_bias": draw.normal(dim, shift=-1.0),
-        "delta_softplus": True,
-    }
-
-
-def part(inputs: dict, begin: int, end: int) -> dict:
-    """Positions [begin, end) of every argument that has some."""
-    along_time = ("u", "delta", "B", "C", "z")
-    return {name: t[..., begin:end] if name in along_time else t for name, t in inputs.items()}
 
 
 # ---- reference ------------------------------------------------------------------------------------------
@@ -61,13 +25,6 @@ def part(inputs: dict, begin: int, end: int) -> dict:
 def test_matches_reference(sample, device):
     assert_matches_reference(
         ops.selective_scan, reference.selective_scan, sample.build(device), return_last_state=True
-    )
-
-
-@pytest.mark.parametrize("sample", UPDATE, ids=str)
-def test_update_matches_reference(sample, device):
-    assert_matches_reference(
-        ops.selective_state_update, reference.selective_state_update, sample.build(device)
     )
 
 
@@ -136,25 +93,6 @@ def test_nan_stays_where_it_came_in():
     assert torch.equal(out.isnan(), expected)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["contiguous", "gaps", "no_unit_stride"])
-def test_update_with_every_state_dtype(dtype, state_dtype, layout):
-    draw = Draw("update")
-    call = Call(
-        (
-            draw.normal(3, 70, 17, dtype=state_dtype, layout=layout),
-            draw.normal(3, 70, dtype=dtype),
-            draw.normal(3, 70, dtype=dtype),
-            -draw.normal(70, 17).exp(),
-            draw.normal(3, 17, dtype=dtype),
-            draw.normal(3, 2, 17, dtype=dtype),
-        ),
-        {"z": draw.normal(3, 70, dtype=dtype), "dt_softplus": True, "D": draw.normal(70, dtype=dtype)},
-    )
-    assert_matches_reference(ops.selective_state_update, reference.selective_state_update, call)
-
-
 # ---- properties -----------------------------------------------------------------------------------------
 
 
@@ -171,9 +109,9 @@ def test_two_pieces_with_carried_state_equal_one(draw, dim, length, state, cut, 
     inputs = scan_inputs(draw, 2, dim, length, state, dtype=dtype, layout=layout)
     whole, last = ops.selective_scan(**inputs, return_last_state=True)
     at = int(cut * length)
-    first, carried = ops.selective_scan(**part(inputs, 0, at), return_last_state=True)
+    first, carried = ops.selective_scan(**positions(inputs, 0, at), return_last_state=True)
     second, end = ops.selective_scan(
-        **part(inputs, at, length), initial_state=carried, return_last_state=True
+        **positions(inputs, at, length), initial_state=carried, return_last_state=True
     )
     # The same operations in the same order, wherever the row is cut.
     assert torch.equal(torch.cat([first, second], dim=2), whole)
@@ -203,7 +141,7 @@ def test_packed_equals_separate(draw, lengths, layout, index_dtype, groups):
     def separate(u: Tensor, start: Tensor) -> tuple[Tensor, ...]:
         outs, lasts = [u[..., :0]], [start[:0]]
         for i in range(len(lengths)):
-            pieces = part(inputs | {"u": u}, int(bounds[i]), int(bounds[i + 1]))
+            pieces = positions(inputs | {"u": u}, int(bounds[i]), int(bounds[i + 1]))
             out, last = ops.selective_scan(**pieces, initial_state=start[i : i + 1], return_last_state=True)
             outs.append(out)
             lasts.append(last)
@@ -226,30 +164,6 @@ def test_a_changed_suffix_changes_nothing_before_it(draw, at, layout):
     inputs["u"][..., at:] = float("nan")
     inputs["delta"][..., at:] = 1e4
     assert torch.equal(ops.selective_scan(**inputs)[..., :at], before[..., :at])
-
-
-@given(draw=strategies.draws(), batch=st.integers(1, 3), dtype=strategies.dtypes(float64=False))
-def test_decoding_equals_the_whole_sequence(draw, batch, dtype):
-    inputs = scan_inputs(draw, batch, 37, 9, 16, dtype=dtype)
-    whole, last, every = ops.selective_scan(**inputs, return_last_state=True, return_all_states=True)
-    state = torch.zeros_like(last)
-    for t in range(whole.shape[2]):
-        step = {name: inputs[name][..., t] for name in ("u", "delta", "B", "C", "z")}
-        out = ops.selective_state_update(
-            state,
-            step["u"],
-            step["delta"],
-            inputs["A"],
-            step["B"],
-            step["C"],
-            inputs["D"],
-            step["z"],
-            inputs["delta_bias"],
-            True,
-        )
-        torch.testing.assert_close(out, whole[..., t])
-        torch.testing.assert_close(state, every[:, t], rtol=1e-5, atol=1e-6)
-    assert torch.equal(last, every[:, -1])
 
 
 def test_known_solutions():
@@ -275,108 +189,6 @@ def test_a_longer_batch_gives_a_row_the_same_bits():
         assert torch.equal(ops.selective_scan(**alone), whole[row : row + 1])
 
 
-def test_slots_of_other_rows_stay_as_they_were():
-    state = torch.randn(5, 6, 4)
-    before = state.clone()
-    x, matrix = torch.randn(2, 6), torch.randn(2, 4)
-    slots = torch.tensor([3, -1])
-    out = ops.selective_state_update(
-        state, x, x, -torch.rand(6, 4), matrix, matrix, state_batch_indices=slots
-    )
-    assert torch.equal(state[[0, 1, 2, 4]], before[[0, 1, 2, 4]])
-    assert not torch.equal(state[3], before[3])
-    assert not out[1].any()
-
-
-# ---- gradients ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sample", FORWARD, ids=str)
-def test_gradients(sample, device):
-    assert_gradients_match_reference(
-        ops.selective_scan, reference.selective_scan, sample.build(device), return_last_state=True
-    )
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channel_last"])
-@pytest.mark.parametrize("groups", [None, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_over_several_blocks_and_chunks(layout, groups, dtype):
-    inputs = scan_inputs(Draw("blocks"), 3, 150, 131, 16, dtype=dtype, layout=layout, groups=groups)
-    inputs["initial_state"] = torch.randn(3, 150, 16)
-    assert_gradients_match_reference(
-        ops.selective_scan, reference.selective_scan, Call((), inputs), return_last_state=True
-    )
-
-
-@pytest.mark.parametrize("only", [0, 1])
-def test_a_missing_upstream_gradient_counts_as_zero(only):
-    inputs = scan_inputs(Draw("missing"), 2, 5, 70, 4)
-    wanted = [t.requires_grad_() for t in inputs.values() if isinstance(t, Tensor)]
-    results = []
-    for fn in (ops.selective_scan, reference.selective_scan):
-        output = fn(**inputs, return_last_state=True)[only]
-        results.append(torch.autograd.grad(output.square().sum(), wanted, allow_unused=True))
-    for got, want in zip(*results, strict=True):
-        if want is None:
-            assert got is None or not got.any()
-        else:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
-def test_all_states_carry_no_gradient():
-    inputs = scan_inputs(Draw("detached"), 1, 5, 7, 4)
-    inputs["u"].requires_grad_()
-    out, every = ops.selective_scan(**inputs, return_all_states=True)
-    assert out.requires_grad
-    assert not every.requires_grad
-
-
-def test_a_small_decay_keeps_its_gradient():
-    """a h is formed as a product: as the difference h - dt B u it would drown in the rounding of h."""
-    inputs = scan_inputs(Draw("small"), 1, 16, 40, 4)
-    inputs["A"] = torch.full((16, 4), -9.0)
-    inputs["delta_bias"] = torch.full((16,), 1.0)  # a ~ exp(-12)
-    call = Call((), inputs)
-    assert_gradients_match_reference(ops.selective_scan, reference.selective_scan, call)
-
-
-@pytest.mark.parametrize("form", ["shared", "groups", "constant_B", "constant_C"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_gradcheck(form, packed):
-    draw = Draw(f"gradcheck-{form}")
-    f64 = {"dtype": torch.float64}
-    batch, dim, length, state = (1 if packed else 2), 4, 9, 3
-    B, C = (
-        draw.normal(dim, state, **f64)
-        if form == f"constant_{name}"
-        else draw.normal(batch, 2, state, length, **f64)
-        if form == "groups"
-        else draw.normal(batch, state, length, **f64)
-        for name in "BC"
-    )
-    bounds = torch.tensor([0, 4, 4, 9]) if packed else None
-    inputs = [
-        draw.normal(batch, dim, length, **f64),
-        draw.normal(batch, dim, length, **f64),
-        -draw.normal(dim, state, **f64).exp(),
-        B,
-        C,
-        draw.normal(dim, **f64),
-        draw.normal(batch, dim, length, **f64),
-        draw.normal(dim, **f64),
-        draw.normal(3 if packed else batch, dim, state, **f64),
-    ]
-
-    def fn(*tensors: Tensor) -> tuple[Tensor, ...]:
-        *rest, initial_state = tensors
-        return ops.selective_scan(
-            *rest, True, return_last_state=True, initial_state=initial_state, cu_seqlens=bounds
-        )
-
-    assert torch.autograd.gradcheck(fn, [t.requires_grad_() for t in inputs], check_undefined_grad=True)
-
-
 # ---- contract -------------------------------------------------------------------------------------------
 
 
@@ -386,11 +198,6 @@ def test_opcheck(sample, with_grad):
     conformance.assert_opcheck(sample, with_grad=with_grad)
 
 
-@pytest.mark.parametrize("sample", BACKWARD + UPDATE, ids=str)
-def test_opcheck_of_backward_and_update(sample):
-    conformance.assert_opcheck(sample, with_grad=False)
-
-
 @pytest.mark.parametrize(
     "sample",
     samples.of("selective_scan", "packed_channel_last") + samples.of("selective_scan", "past_a_chunk"),
@@ -398,11 +205,6 @@ def test_opcheck_of_backward_and_update(sample):
 )
 def test_compile(sample):
     conformance.assert_compiles(sample, ops.selective_scan, with_grad=True, return_last_state=True)
-
-
-def test_compile_update():
-    (sample,) = samples.of("selective_state_update", "slots_padding")
-    conformance.assert_compiles(sample, ops.selective_state_update, with_grad=False)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------
@@ -515,100 +317,6 @@ def test_errors_in_cu_seqlens(bounds, text):
     conformance.assert_same_error(ops.selective_scan, call, ValueError, text, on_meta=False)
 
 
-BACKWARD_BAD_CALLS = [
-    ("dout", 0, _x(1, 6, 8), "dout must have shape (1, 6, 9), got (1, 6, 8)"),
-    ("dlast_state", 1, _x(1, 6, 5), "dlast_state must have shape (1, 6, 4), got (1, 6, 5)"),
-    (
-        "dlast_state_dtype",
-        1,
-        _x(1, 6, 4, dtype=torch.bfloat16),
-        "dlast_state must have dtype float32, got bfloat16",
-    ),
-    ("chunk_states", 11, _x(1, 1, 4, 6), "chunk_states must have shape (1, 0, 4, 6), got (1, 1, 4, 6)"),
-]
-
-
-@pytest.mark.parametrize(
-    ("at", "bad", "text"), [c[1:] for c in BACKWARD_BAD_CALLS], ids=[c[0] for c in BACKWARD_BAD_CALLS]
-)
-def test_errors_of_backward(at, bad, text):
-    u, *rest = _good().values()
-    args = [u, None, u, *rest, None, None, None, False, _x(1, 0, 4, 6), None, None]
-    args[at] = bad
-    conformance.assert_same_error(
-        torch.ops.fastlm.selective_scan_backward,
-        Call(tuple(args), {}),
-        ValueError,
-        f"selective_scan_backward: {text}",
-    )
-
-
-def _good_update() -> dict[str, Tensor]:
-    names = ("state", "x", "dt", "A", "B", "C")
-    return dict(zip(names, (_x(2, 6, 4), _x(2, 6), _x(2, 6), _x(6, 4), _x(2, 4), _x(2, 4)), strict=True))
-
-
-UPDATE_BAD_CALLS = [
-    ("x_dim", {"x": _x(2, 6, 1)}, "x must have shape (B, D), got (2, 6, 1)"),
-    ("state_batch", {"state": _x(3, 6, 4)}, "state must have shape (2, 6, 4), got (3, 6, 4)"),
-    (
-        "state_slots",
-        {"state": _x(5, 6, 3), "state_batch_indices": torch.tensor([0, 1])},
-        "state must have shape (5, 6, 4), got (5, 6, 3)",
-    ),
-    (
-        "state_float64",
-        {"state": _x(2, 6, 4, dtype=torch.float64)},
-        "state must have dtype float32, bfloat16 or float16, got float64",
-    ),
-    ("dt", {"dt": _x(2, 5)}, "dt must have shape (2, 6), got (2, 5)"),
-    ("A", {"A": _x(6, 4, dtype=torch.complex64)}, "A must have dtype float32, bfloat16, float16 or float64"),
-    ("B_dim", {"B": _x(2, 1, 1, 4)}, "B must have shape (B, N) or (B, G, N), got (2, 1, 1, 4)"),
-    ("B_shape", {"B": _x(2, 5)}, "B must have shape (2, 4), got (2, 5)"),
-    ("C_groups", {"C": _x(2, 4, 4)}, "C must have a number of groups that divides 6, got 4"),
-    ("z", {"z": _x(1, 6)}, "z must have shape (2, 6), got (1, 6)"),
-    (
-        "indices_shape",
-        {"state_batch_indices": torch.tensor([1])},
-        "state_batch_indices must have shape (2,), got (1,)",
-    ),
-    (
-        "indices_dtype",
-        {"state_batch_indices": _x(2)},
-        "state_batch_indices must have dtype int32 or int64, got float32",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"), [c[1:] for c in UPDATE_BAD_CALLS], ids=[c[0] for c in UPDATE_BAD_CALLS]
-)
-def test_errors_of_update(changes, text):
-    for function in (ops.selective_state_update, torch.ops.fastlm.selective_state_update):
-        call = Call((), _good_update() | changes)
-        conformance.assert_same_error(function, call, ValueError, f"selective_state_update: {text}")
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_error_of_a_state_that_repeats_memory(device):
-    call = Call((), {name: t.to(device) for name, t in _good_update().items()})
-    call.kwargs["state"] = torch.zeros(1, 6, 4, device=device).expand(2, 6, 4)
-    text = "selective_state_update: state must not repeat memory, got stride 0 in dimension 0"
-    conformance.assert_same_error(ops.selective_state_update, call, ValueError, text, on_meta=False)
-
-
-@pytest.mark.parametrize(
-    ("slots", "error", "text"),
-    [
-        ([0, 2], IndexError, "state_batch_indices must be below 2, got 2 at index 1"),
-        ([1, 1], ValueError, "state_batch_indices must name each slot at most once, got 1 again at index 1"),
-    ],
-)
-def test_errors_in_slots(slots, error, text):
-    call = Call((), _good_update() | {"state_batch_indices": torch.tensor(slots)})
-    conformance.assert_same_error(ops.selective_state_update, call, error, text, on_meta=False)
-
-
 # ---- twins ----------------------------------------------------------------------------------------------
 
 
@@ -616,13 +324,6 @@ def test_errors_in_slots(slots, error, text):
 def test_every_level(sample):
     conformance.assert_levels_match_reference(
         sample, ops.selective_scan, reference.selective_scan, with_grad=True, return_last_state=True
-    )
-
-
-@pytest.mark.parametrize("sample", UPDATE, ids=str)
-def test_every_level_of_update(sample):
-    conformance.assert_levels_match_reference(
-        sample, ops.selective_state_update, reference.selective_state_update, with_grad=False
     )
 
 
@@ -650,17 +351,3 @@ def test_same_bits_for_any_number_of_threads_packed():
     conformance.assert_same_for_any_thread_count(
         ops.selective_scan, make_call, with_grad=True, return_last_state=True
     )
-
-
-def test_same_bits_for_any_number_of_threads_in_update():
-    def make_call() -> Call:
-        draw = Draw("threads-update")
-        args = (
-            draw.normal(4, 700, 16),
-            draw.normal(4, 700),
-            draw.normal(4, 700),
-            -draw.normal(700, 16).exp(),
-        )
-        return Call((*args, draw.normal(4, 16), draw.normal(4, 16)), {})
-
-    conformance.assert_same_for_any_thread_count(ops.selective_state_update, make_call, with_grad=False)

@@ -1,7 +1,8 @@
-"""Packed rows: every token once per epoch, nothing across documents, order from the seed alone."""
+"""Packed rows: every token predicted once per epoch, nothing across documents, order from the seed alone."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastlm.models.samba.modeling import next_tokens
 from fastlm.training import RunError
 from fastlm.training.batches import IGNORE_INDEX, PackedRow, PackedSampler, evaluation_rows, pack
 from fastlm.training.shards import ShardWriter, TokenStore
@@ -69,16 +71,23 @@ def test_damaged_shards_are_a_clear_error(tmp_path: Path, damage: str) -> None:
 @given(
     lengths=LENGTHS, row_tokens=st.integers(2, 64), seq_len=st.integers(2, 24), seed=st.integers(0, 2**63 - 1)
 )
-def test_rows_of_an_epoch_hold_every_token_once(
+def test_every_token_but_a_documents_first_is_predicted_once_per_epoch(
     tmp_path_factory: Any, lengths: list[int], row_tokens: int, seq_len: int, seed: int
 ) -> None:
     store = make_store(tmp_path_factory.mktemp("store"), lengths)
     sampler = PackedSampler(store, row_tokens=row_tokens, seq_len=seq_len, seed=seed)
-    count = -(-3 * store.num_tokens // row_tokens)
+    total = 3 * store.num_tokens
+    count = -(-(total - 1) // (row_tokens - 1))
     rows = [sampler.row(number) for number in range(count)]
-    stream = torch.cat([row.input_ids[0] for row in rows])[: 3 * store.num_tokens]
+    # A row begins with the last token of the row before it; without those, the stream is every epoch's text.
+    assert all(a.input_ids[0, -1] == b.input_ids[0, 0] for a, b in pairwise(rows))
+    stream = torch.cat([rows[0].input_ids[0, :1], *(row.input_ids[0, 1:] for row in rows)])[:total]
     for epoch in stream.split(store.num_tokens):
         assert sorted(epoch.tolist()) == list(range(store.num_tokens))
+    wanted = sorted(set(range(store.num_tokens)) - starts_of(lengths))
+    predicted = [target for row in rows for target in targets_of(row)]
+    for epoch in range(3):
+        assert sorted(predicted[epoch * len(wanted) : (epoch + 1) * len(wanted)]) == wanted
     for row in rows:
         check_row(row, lengths, row_tokens, seq_len)
     again = PackedSampler(store, row_tokens=row_tokens, seq_len=seq_len, seed=seed)
@@ -86,6 +95,14 @@ def test_rows_of_an_epoch_hold_every_token_once(
     assert torch.equal(again.row(number).input_ids, rows[number].input_ids)
     assert torch.equal(again.row(number).cu_seqlens, rows[number].cu_seqlens)
     assert torch.equal(again.row(number).labels, rows[number].labels)
+
+
+def targets_of(row: PackedRow) -> list[int]:
+    """What the model's own loss has the row predict."""
+    targets = next_tokens(row.labels)
+    found = targets[targets != IGNORE_INDEX].tolist()
+    assert len(found) == row.num_targets
+    return found
 
 
 def check_row(row: PackedRow, lengths: list[int], row_tokens: int | None, seq_len: int) -> None:
@@ -144,9 +161,7 @@ def test_an_evaluation_predicts_every_token_but_the_first_once(
         row = pack(store, pieces)
         assert row.input_ids.numel() <= row_tokens
         check_row(row, lengths, None, seq_len)
-        targets = row.labels[0, 1:]
-        predicted += targets[targets != IGNORE_INDEX].tolist()
-        assert len(targets[targets != IGNORE_INDEX]) == row.num_targets
+        predicted += targets_of(row)
     assert sorted(predicted) == sorted(set(range(sum(lengths))) - starts_of(lengths))
 
 

@@ -77,6 +77,19 @@ def test_bits_per_byte_is_about_the_very_bytes_of_the_files(trained: Path, text:
     assert read == sorted((text / name).read_bytes() for name in data.summary.held_out_names)
 
 
+@pytest.mark.parametrize("max_tokens", [2, 65, 150, 10**6])
+@pytest.mark.parametrize("row_tokens", [2, 17, 64])
+def test_bits_per_byte_counts_the_bytes_of_the_predicted_tokens(
+    trained: Path, row_tokens: int, max_tokens: int
+) -> None:
+    """However the text is cut into rows, and where a short evaluation ends within a document."""
+    data = open_data(trained / "data")
+    model = SambaForCausalLM.from_pretrained(trained / "model")
+    rows = held_out_rows(data, row_tokens=row_tokens, seq_len=16, max_tokens=max_tokens)
+    done = evaluate(model, data, rows, dtype="fp32")
+    assert done.bytes == len(b"".join(held_out_text(data, rows)))
+
+
 def test_a_uniform_model_pays_for_every_token(trained: Path) -> None:
     """Sum over targets by hand: tokens · log2(V) bits over the bytes."""
     data = open_data(trained / "data")
@@ -108,7 +121,7 @@ def test_a_packed_row_is_the_sum_of_its_pieces(trained: Path) -> None:
 
 
 def test_gradient_accumulation_is_one_large_batch(text: Path, tmp_path: Path) -> None:
-    """The two halves of a row are the row, but for the one target between them."""
+    """Two short rows are a long one, but for the token that both hold and states that restart."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(small_config(text, steps=3, batch_tokens=64, micro_batch_tokens=64, seq_len=16), whole)
     train(small_config(text, steps=3, batch_tokens=64, micro_batch_tokens=32, seq_len=16), parts)

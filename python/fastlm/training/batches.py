@@ -1,9 +1,11 @@
 """Packed rows of a fixed number of tokens, in an order that the seed and the position alone decide.
 
-The documents of every epoch are put one after the other in a new order; row `n` is positions `[n*T, (n+1)*T)`
-of that endless stream. A document longer than `seq_len` is cut into pieces; state restarts at each piece
-(`cu_seqlens`), and the last token of a piece still predicts the first of the next one. The last token of a
-*document* predicts nothing. Resuming needs one number: the row.
+The documents of every epoch are put one after the other in a new order. Row `n` is the `T` positions from
+`n*(T-1)` on of that endless stream: it begins with the last token of the row before it, so that the token
+after that one is predicted too. A document longer than `seq_len` is cut into pieces; state restarts at each
+piece (`cu_seqlens`), and the last token of a piece still predicts the first of the next one. The last token
+of a *document* predicts nothing. So in every epoch each token but the first of its document is predicted
+exactly once. Resuming needs one number: the row.
 
 Labels follow transformers: the model compares position `t` with `labels[t + 1]`, so a document's first token
 has label -100.
@@ -57,7 +59,7 @@ class PackedSampler:
 
     Args:
         store: the documents.
-        row_tokens: tokens of a row (`T`).
+        row_tokens: tokens of a row (`T`), at least 2.
         seq_len: longest piece of a document.
         seed: of the document order.
     """
@@ -72,7 +74,7 @@ class PackedSampler:
     def row(self, number: int) -> PackedRow:
         """The row at position `number`; the same for every call and every process."""
         pieces: list[Piece] = []
-        position, needed = number * self.row_tokens, self.row_tokens
+        position, needed = number * (self.row_tokens - 1), self.row_tokens
         while needed:
             epoch, offset = divmod(position, self.epoch_tokens)
             self._open(epoch)

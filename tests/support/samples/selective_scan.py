@@ -1,4 +1,4 @@
-"""Samples of selective_scan, its backward and its decoding step."""
+"""Samples of selective_scan, its backward and its decoding step; its inputs in any size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,39 @@ from torch import Tensor
 
 from tests.support.layouts import Draw
 from tests.support.samples.sample import Call, Recipe
+
+
+def scan_inputs(
+    draw: Draw,
+    batch: int,
+    dim: int,
+    length: int,
+    state: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    groups: int | None = None,
+) -> dict[str, Tensor | bool]:
+    """Arguments by name, every optional tensor among them but cu_seqlens and initial_state."""
+    inner = (state,) if groups is None else (groups, state)
+    u, delta, z = (draw.normal(batch, dim, length, dtype=dtype, layout=layout) for _ in range(3))
+    return {
+        "u": u,
+        "delta": delta,
+        "A": -draw.normal(dim, state).exp().to(torch.promote_types(dtype, torch.float32)),
+        "B": draw.normal(batch, *inner, length, dtype=dtype),
+        "C": draw.normal(batch, *inner, length, dtype=dtype),
+        "D": draw.normal(dim),
+        "z": z,
+        "delta_bias": draw.normal(dim, shift=-1.0),
+        "delta_softplus": True,
+    }
+
+
+def positions(inputs: dict, begin: int, end: int) -> dict:
+    """Positions [begin, end) of every argument that has some."""
+    along_time = ("u", "delta", "B", "C", "z")
+    return {name: t[..., begin:end] if name in along_time else t for name, t in inputs.items()}
 
 
 def _matrix(

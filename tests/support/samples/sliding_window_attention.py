@@ -1,4 +1,4 @@
-"""Samples of sliding_window_attention, its backward and its decoding step."""
+"""Samples of sliding_window_attention, its backward and its decoding step; its inputs in any size."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.support.layouts import Draw
 from tests.support.samples.sample import Call, Recipe
+
+
+def qkv(
+    draw: Draw,
+    queries: int,
+    keys: int | None = None,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of two sequences; as many keys as queries by default."""
+    keys = queries if keys is None else keys
+    q = draw.normal(2, queries, heads[0], head_dim, dtype=dtype)
+    return q, *(draw.normal(2, keys, heads[1], head_dim, dtype=dtype) for _ in range(2))
 
 
 def _forward(
@@ -41,7 +56,8 @@ def _forward(
     return Call((q, k, v), kwargs)
 
 
-_DEFAULTS: dict[str, Any] = {
+# What the operators take beside tensors, by default.
+DEFAULTS: dict[str, Any] = {
     "window_size": (-1, -1),
     "causal": True,
     "softmax_scale": None,
@@ -58,7 +74,7 @@ def _backward(*, draw: Draw, forward: Recipe, lse: bool = True) -> Call:
     dout = draw.normal(*q.shape, dtype=q.dtype)
     dlse = draw.normal(*lse_of_rows.shape, dtype=lse_of_rows.dtype) if lse else None
     bounds = (call.kwargs.get("cu_seqlens_q"), call.kwargs.get("cu_seqlens_k"))
-    options = {name: call.kwargs.get(name, default) for name, default in _DEFAULTS.items()}
+    options = {name: call.kwargs.get(name, default) for name, default in DEFAULTS.items()}
     return Call((dout, dlse, *call.args, out, lse_of_rows, *bounds), options)
 
 

@@ -1,4 +1,4 @@
-"""Samples of linear_nll and its backward."""
+"""Samples of linear_nll and its backward; inputs of a head in any size."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.support.layouts import Draw
 from tests.support.samples.sample import Call, Recipe
+
+IGNORE = -100
+
+
+def head(
+    draw: Draw, tokens: int = 23, vocab: int = 41, size: int = 12, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight and labels, none ignored."""
+    hidden, weight = draw.normal(tokens, size, dtype=dtype), draw.normal(vocab, size, dtype=dtype)
+    return hidden, weight, draw.integers(0, vocab, (tokens,))
 
 
 def _nll(
