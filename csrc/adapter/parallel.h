@@ -6,31 +6,43 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "core/scratch.h"
 
 namespace fastlm {
 
-// Calls f(begin, end) over [0, items) from several threads, at least `grain` items each. f must not throw.
+// Calls f(begin, end) over [0, items) from several threads, at least `grain` items each. f must not throw: in a parallel region
+// an exception would lose its type. A kernel that gets no scratch memory returns, and std::runtime_error is thrown in the name of
+// `op` when all threads are done.
 template <class F>
-void parallel_for(int64_t items, int64_t grain, const F& f) {
+void parallel_for(const char* op, int64_t items, int64_t grain, const F& f) {
+  std::atomic<size_t> missing{0};  // bytes
+  const auto run = [&](int64_t begin, int64_t end) {
+    f(begin, end);
+    if (const size_t bytes = take_scratch_failure(); bytes != 0) missing.store(bytes, std::memory_order_relaxed);
+  };
   if (items <= 0) return;
   if (items <= grain) {
-    f(int64_t{0}, items);
-    return;
+    run(0, items);
+  } else {
+    torch::stable::parallel_for(0, items, grain, run);
   }
-  torch::stable::parallel_for(0, items, grain, f);
+  if (missing != 0) {
+    throw std::runtime_error(std::string(op) + ": out of memory: could not allocate " + std::to_string(missing) +
+                             " bytes of working memory for a thread");
+  }
 }
 
 // The same for pieces of unequal size: every thread takes the next `grain` items as soon as it is free. Which thread runs an item
 // is left to chance, so an item must own its outputs.
 template <class F>
-void parallel_for_dynamic(int64_t items, int64_t grain, const F& f) {
+void parallel_for_dynamic(const char* op, int64_t items, int64_t grain, const F& f) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (items + grain - 1) / grain);
-  if (threads <= 1) {
-    if (items > 0) f(int64_t{0}, items);
-    return;
-  }
+  if (threads <= 1) return parallel_for(op, items, items, f);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(op, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next.fetch_add(grain); i < items; i = next.fetch_add(grain)) f(i, std::min(i + grain, items));
   });
 }

@@ -27,9 +27,9 @@ struct Progress {
 }  // namespace pipeline_detail
 
 // Calls run(phase, piece) for all pieces of the phases 0 .. count-1, phase_at(i) being a Phase with `after` < i. run must not
-// throw.
+// throw; memory that its kernels did not get is reported as by parallel_for.
 template <class PhaseAt, class Run>
-void run_pipeline(int64_t count, const PhaseAt& phase_at, const Run& run) {
+void run_pipeline(const char* op, int64_t count, const PhaseAt& phase_at, const Run& run) {
   const auto progress = std::make_unique<pipeline_detail::Progress[]>(static_cast<size_t>(count));
   std::atomic<int64_t> finished{0};  // leading phases known to be finished
   const auto wait_for = [&](int64_t phase) {
@@ -42,7 +42,7 @@ void run_pipeline(int64_t count, const PhaseAt& phase_at, const Run& run) {
       }
     }
   };
-  parallel_for(torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(op, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t i = 0; i < count; ++i) {
         const Phase phase = phase_at(i);
@@ -60,10 +60,10 @@ void run_pipeline(int64_t count, const PhaseAt& phase_at, const Run& run) {
 
 // The pieces of a single phase.
 template <class Run>
-void run_pieces(int64_t pieces, const Run& run) {
+void run_pieces(const char* op, int64_t pieces, const Run& run) {
   std::atomic<int64_t> next{0};
   const int64_t threads = torch::stable::get_num_threads();
-  parallel_for(pieces < threads ? pieces : threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(op, pieces < threads ? pieces : threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) run(piece);
     }

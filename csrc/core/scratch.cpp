@@ -12,6 +12,8 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
+thread_local size_t failed_bytes = 0;
+
 }  // namespace
 
 void* thread_scratch(size_t bytes) {
@@ -21,8 +23,15 @@ void* thread_scratch(size_t bytes) {
     std::free(buffer.data);
     buffer.data = std::aligned_alloc(64, rounded);
     buffer.size = buffer.data == nullptr ? 0 : rounded;
+    if (buffer.data == nullptr) failed_bytes = bytes;
   }
   return buffer.data;
+}
+
+size_t take_scratch_failure() {
+  const size_t bytes = failed_bytes;
+  failed_bytes = 0;
+  return bytes;
 }
 
 }  // namespace fastlm

@@ -52,10 +52,10 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
   const auto prepared = prepared_weight(p, dtype);
   if (is_channel_last(input)) {
     const auto tiles = number_tiles(segments);
-    parallel_for(tiles.back(), grain(kTile * p.dim),
+    parallel_for(op, tiles.back(), grain(kTile * p.dim),
                  [&](int64_t begin, int64_t end) { kernels.forward_rows[k](p, prepared.data(), tiles.data(), begin, end); });
   } else {
-    parallel_for(p.num_segments * p.dim, grain(p.seqlen),
+    parallel_for(op, p.num_segments * p.dim, grain(p.seqlen),
                  [&](int64_t begin, int64_t end) { kernels.forward_channels[k](p, prepared.data(), begin, end); });
   }
   kernels.final_states[k](p, 0, p.num_segments * p.dim);
@@ -103,15 +103,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
     }
   }
   if (rows) {
-    parallel_for(pieces, grain(4 * kTile * p.dim),
+    parallel_for(op, pieces, grain(4 * kTile * p.dim),
                  [&](int64_t begin, int64_t end) { kernels.backward_rows[k](p, prepared.data(), tiles.data(), begin, end); });
   } else {
-    parallel_for(p.num_segments * p.dim, grain(4 * p.seqlen),
+    parallel_for(op, p.num_segments * p.dim, grain(4 * p.seqlen),
                  [&](int64_t begin, int64_t end) { kernels.backward_channels[k](p, prepared.data(), begin, end); });
   }
   const Tensor dweight = empty({p.dim, p.width}, acc, x);
   const Tensor dbias = empty({p.dim}, acc, x);
-  parallel_for(p.dim, grain(pieces * (p.width + 1)), [&](int64_t begin, int64_t end) {
+  parallel_for(op, p.dim, grain(pieces * (p.width + 1)), [&](int64_t begin, int64_t end) {
     kernels.reduce_partial[k](partial.data_ptr(), pieces, p.dim, p.width, dweight.data_ptr(), dbias.data_ptr(), begin, end);
   });
   return {dx, torch::stable::to(dweight, weight.scalar_type()),
@@ -150,7 +150,8 @@ Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, A
 
   const auto& kernels = FASTLM_CPU_KERNELS(causal_conv1d_update);
   const int k = kernel_index(x.scalar_type());
-  parallel_for(p.batch * p.dim, grain(8 * p.num_tokens), [&](int64_t begin, int64_t end) { kernels.update[k](p, begin, end); });
+  parallel_for(op, p.batch * p.dim, grain(8 * p.num_tokens),
+               [&](int64_t begin, int64_t end) { kernels.update[k](p, begin, end); });
   return out;
 }
 

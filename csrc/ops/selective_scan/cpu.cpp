@@ -121,10 +121,10 @@ struct Call {
   }
 };
 
-Tensor prepare(const Params& p, const Plan& plan, const ChannelArrays& arrays, const Tensor& u) {
+Tensor prepare(const char* op, const Params& p, const Plan& plan, const ChannelArrays& arrays, const Tensor& u) {
   const Tensor prepared = empty({arrays.total}, accumulation_type(u), u);
   const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_forward);
-  parallel_for(p.groups * plan.padded_dim / kChannelAlign, grain(4 * kChannelAlign * plan.padded_state),
+  parallel_for(op, p.groups * plan.padded_dim / kChannelAlign, grain(4 * kChannelAlign * plan.padded_state),
                [&](int64_t begin, int64_t end) {
                  kernels.prepare[kernel_index(u.scalar_type())](p, plan, arrays, prepared.data_ptr(), begin, end);
                });
@@ -154,9 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor u, Tensor delta, Tenso
 
   const Plan plan = make_plan(p);
   const ChannelArrays arrays = make_arrays(p, plan);
-  const Tensor prepared = prepare(p, plan, arrays, u);
+  const Tensor prepared = prepare(op, p, plan, arrays, u);
   const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_forward);
-  parallel_for(p.num_sequences * plan.num_blocks, grain(batch * length / p.num_sequences * plan.block * plan.padded_state),
+  parallel_for(op, p.num_sequences * plan.num_blocks, grain(batch * length / p.num_sequences * plan.block * plan.padded_state),
                [&](int64_t begin, int64_t end) {
                  kernels.forward[kernel_index(u.scalar_type())](p, plan, arrays, prepared.data_ptr(), begin, end);
                });
@@ -230,7 +230,7 @@ Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor del
   if (p.dim > 0 && p.num_sequences > 0) {
     const Plan plan = make_plan(p);
     const ChannelArrays arrays = make_arrays(p, plan);
-    const Tensor prepared = prepare(p, plan, arrays, u);
+    const Tensor prepared = prepare(op, p, plan, arrays, u);
     const std::vector<int64_t> slices = make_slices(call.sequences, plan.num_blocks, batch * length);
     const auto num_slices = static_cast<int64_t>(slices.size()) - 1;
     const Tensor position_partial = empty({plan.num_blocks, 2, batch * length, plan.padded_state}, acc, u);
@@ -239,15 +239,15 @@ Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor del
 
     const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_backward);
     parallel_for(
-        num_slices * plan.num_blocks, grain(3 * batch * length / num_slices * plan.block * plan.padded_state),
+        op, num_slices * plan.num_blocks, grain(3 * batch * length / num_slices * plan.block * plan.padded_state),
         [&](int64_t begin, int64_t end) { kernels.backward[k](p, plan, arrays, prepared.data_ptr(), work, begin, end); });
     const auto reduce_positions = [&](int which, const Tensor& to) {
       const Projection target = projection(to);
-      parallel_for(batch * length, grain(plan.num_blocks * plan.padded_state),
+      parallel_for(op, batch * length, grain(plan.num_blocks * plan.padded_state),
                    [&](int64_t begin, int64_t end) { kernels.reduce_positions[k](p, plan, work, which, target, begin, end); });
     };
     const auto reduce_channels = [&](int64_t array, int64_t columns, const Tensor& to) {
-      parallel_for(dim, grain(num_slices * std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
+      parallel_for(op, dim, grain(num_slices * std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
         kernels.reduce_channels[k](p, plan, arrays, work, array, columns, to.data_ptr(), begin, end);
       });
     };
@@ -284,6 +284,7 @@ Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor del
 
 Tensor update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
               OptionalTensor dt_bias, bool dt_softplus, OptionalTensor state_batch_indices) {
+  constexpr const char* op = "selective_state_update";
   check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices);
   std::vector<int64_t> slots;
   if (state_batch_indices.has_value()) slots = check_slots(state, *state_batch_indices);
@@ -320,7 +321,7 @@ Tensor update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, O
   p.state_batch_indices = state_batch_indices.has_value() ? slots.data() : nullptr;
 
   const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_update);
-  parallel_for(p.batch * ceil_div(p.dim, kUpdateBlock), grain(kUpdateBlock * p.state),
+  parallel_for(op, p.batch * ceil_div(p.dim, kUpdateBlock), grain(kUpdateBlock * p.state),
                [&](int64_t begin, int64_t end) { kernels.update[kernel_index(x.scalar_type())](p, begin, end); });
   return out;
 }

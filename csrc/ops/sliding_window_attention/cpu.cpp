@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   const int64_t group = p.num_heads / p.num_kv_heads;
   const auto blocks = query_blocks(sequences, p.num_kv_heads, std::max<int64_t>(1, query_block_rows(p.head_dim) / group));
   const auto kernel = FASTLM_CPU_KERNELS(sliding_window_attention_forward).forward[kernel_index(q.scalar_type())];
-  parallel_for_dynamic(static_cast<int64_t>(blocks.size()), 1,
+  parallel_for_dynamic(op, static_cast<int64_t>(blocks.size()), 1,
                        [&](int64_t begin, int64_t end) { kernel(p, blocks.data(), begin, end); });
   return {out, lse};
 }
@@ -159,15 +159,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
   const auto blocks = query_blocks(sequences, p.num_kv_heads, layout.queries_per_block);
   const auto num_blocks = static_cast<int64_t>(blocks.size());
   const int64_t grain = std::max<int64_t>(1, 65536 / (layout.rows * p.head_dim));
-  parallel_for(num_blocks, grain, [&](int64_t begin, int64_t end) { kernels.row_delta[i](p, blocks.data(), begin, end); });
-  parallel_for_dynamic(static_cast<int64_t>(chunks.size()), 1,
+  parallel_for(op, num_blocks, grain, [&](int64_t begin, int64_t end) { kernels.row_delta[i](p, blocks.data(), begin, end); });
+  parallel_for_dynamic(op, static_cast<int64_t>(chunks.size()), 1,
                        [&](int64_t begin, int64_t end) { kernels.chunks[i](p, layout, chunks.data(), begin, end); });
-  parallel_for(num_blocks, grain, [&](int64_t begin, int64_t end) { kernels.reduce[i](p, layout, blocks.data(), begin, end); });
+  parallel_for(op, num_blocks, grain,
+               [&](int64_t begin, int64_t end) { kernels.reduce[i](p, layout, blocks.data(), begin, end); });
   return {dq, dk, dv};
 }
 
 Tensor update(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Window window_size,
               OptionalFloat softmax_scale, OptionalTensor rotary_cos, OptionalTensor rotary_sin) {
+  constexpr const char* op = "sliding_window_attention_update";
   check_update(q, k, v, k_cache, v_cache, cache_seqlens, window_size, softmax_scale, rotary_cos, rotary_sin);
   const std::vector<int64_t> seen = index_values(cache_seqlens);
   check_positions(seen, q.size(1), rotary_cos);
@@ -221,7 +223,7 @@ Tensor update(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tens
   const int i = kernel_index(dtype);
   const auto run = [&](UpdatePhase phase, int64_t items, int64_t work_per_item) {
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_per_item));
-    parallel_for(items, grain, [&](int64_t begin, int64_t end) { phase(p, w, begin, end); });
+    parallel_for(op, items, grain, [&](int64_t begin, int64_t end) { phase(p, w, begin, end); });
   };
   const int64_t heads = p.batch * p.num_kv_heads;
   run(kernels.write[i], p.batch * p.num_new, (p.num_heads + 2 * p.num_kv_heads) * p.head_dim);

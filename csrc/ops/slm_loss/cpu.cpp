@@ -127,9 +127,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   for (int64_t begin = 0; begin < total; begin += chunk) {
     take_rows(p, work, begin, std::min(begin + chunk, total));
     const int64_t row_blocks = ceil_div(p.num_rows, kRowBlock);
-    run_pieces(row_blocks, [&](int64_t piece) { pack.hidden[k](p, piece); });
-    run_pieces(blocks, [&](int64_t piece) { kernels.logits[k](p, piece); });
-    run_pieces(row_blocks, [&](int64_t piece) { kernels.finish[k](p, piece); });
+    run_pieces(op, row_blocks, [&](int64_t piece) { pack.hidden[k](p, piece); });
+    run_pieces(op, blocks, [&](int64_t piece) { kernels.logits[k](p, piece); });
+    run_pieces(op, row_blocks, [&](int64_t piece) { kernels.finish[k](p, piece); });
   }
   return {nll, lse, entropy};
 }
@@ -184,9 +184,9 @@ class Pipeline {
     }
   }
 
-  void run() const {
+  void run(const char* op) const {
     run_pipeline(
-        1 + 5 * (panels_ + 2), [this](int64_t i) { return phase_at(i); },
+        op, 1 + 5 * (panels_ + 2), [this](int64_t i) { return phase_at(i); },
         [this](int64_t i, int64_t piece) { run_piece(i, piece); });
   }
 
@@ -322,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(OptionalTensor dnll, OptionalTensor 
     p.dweight = dweight.data_ptr();
   }
   if (need_dbias) p.dbias = dbias.data_ptr();
-  Pipeline(p, sizes, work, dtype).run();
+  Pipeline(p, sizes, work, dtype).run(op);
   return {dhidden, dweight, dbias};
 }
 

@@ -1,7 +1,7 @@
 """The one place that registers fake kernels, autograd formulas and autocast rules.
 
 A family module holds plain functions and lists them in `FAKES` and `GRADIENTS`; nothing else in the package calls torch.library.
-Operators that behave like a matrix product under autocast are in `AUTOCAST`, with the names of the arguments it casts.
+`AUTOCAST` says which arguments of an operator are cast under autocast.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlm._registration import causal_conv1d, selective_scan, sliding_window_attention, slm_loss
+from fastlm._registration.autocast import Cast
 
 FAMILIES = (causal_conv1d, selective_scan, sliding_window_attention, slm_loss)
 
@@ -26,18 +27,28 @@ class Gradient(NamedTuple):
     backward: Callable[..., Any]
 
 
-def _attach_autocast(name: str, cast: tuple[str, ...]) -> None:
+def _attach_autocast(name: str, cast: Cast) -> None:
     """Like torch.library.register_autocast, which knows neither keyword arguments nor the dtype that the region asks for."""
     op = getattr(torch.ops.fastlm, name).default
     position = {argument.name: i for i, argument in enumerate(op._schema.arguments)}
-    places = [position[argument] for argument in cast]
+    places = [position[argument] for argument in cast.names]
+
+    def is_cast(a: Any) -> bool:
+        return (
+            isinstance(a, torch.Tensor)
+            and a.is_floating_point()
+            and a.dtype != torch.float64
+            and a.dim() >= cast.least_dim
+        )
 
     def kernel_for(device: str) -> Callable[..., Any]:
         def kernel(*args: Any, **kwargs: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device)
+            like = None if cast.like is None else args[position[cast.like]]
+            dtype = torch.get_autocast_dtype(device) if like is None else like.dtype
             inputs = list(args)
             for place in places:
-                if inputs[place].is_floating_point() and inputs[place].dtype != torch.float64:
+                # The dispatcher leaves out trailing arguments that have their default. Wrong dtypes are left to the checks.
+                if place < len(inputs) and is_cast(inputs[place]) and dtype.is_floating_point:
                     inputs[place] = inputs[place].to(dtype)
             with torch.autocast(device, enabled=False):
                 return op(*inputs, **kwargs)

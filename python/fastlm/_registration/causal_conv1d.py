@@ -1,4 +1,4 @@
-"""causal_conv1d: fake kernels and gradient. Checks use the words of csrc/ops/causal_conv1d/checks.cpp."""
+"""causal_conv1d: fake kernels, gradient and autocast. Checks use the words of csrc/ops/causal_conv1d/checks.cpp."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlm import _ops
 from fastlm._registration import checks
+from fastlm._registration.autocast import Cast
 from fastlm._registration.layout import empty_like_layout, no_tensor
 
 _MAX_WIDTH = 32
@@ -209,3 +210,9 @@ FAKES = {
     "causal_conv1d_update": _fake_update,
 }
 GRADIENTS = {"causal_conv1d": (_setup_context, _backward)}
+# The filter may have any dtype, so parameters stay in float32. A decoding step writes into its state, which cannot be cast: it takes
+# the state's dtype instead of autocast's.
+AUTOCAST = {
+    "causal_conv1d": Cast(("x", "initial_states")),
+    "causal_conv1d_update": Cast(("x",), like="conv_state"),
+}

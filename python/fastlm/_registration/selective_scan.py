@@ -1,4 +1,4 @@
-"""selective_scan: fake kernels and gradient. Checks use the words of csrc/ops/selective_scan/checks.cpp."""
+"""selective_scan: fake kernels, gradient and autocast. Checks use the words of csrc/ops/selective_scan/checks.cpp."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlm import _ops
 from fastlm._registration import checks
+from fastlm._registration.autocast import Cast
 from fastlm._registration.layout import empty_like_layout, no_tensor
 
 _MAX_STATE = 256
@@ -322,3 +323,8 @@ FAKES = {
     "selective_state_update": _fake_update,
 }
 GRADIENTS = {"selective_scan": (_setup_context, _backward)}
+# What varies over positions is cast. Parameters and states may have any dtype and stay; a constant B or C (D, N) is a parameter.
+AUTOCAST = {
+    "selective_scan": Cast(("u", "delta", "B", "C", "z"), least_dim=3),
+    "selective_state_update": Cast(("x", "dt", "B", "C", "z")),
+}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlm import _ops
 from fastlm._registration import checks
+from fastlm._registration.autocast import Cast
 
 _MAX_HEAD_DIM = 512
 
@@ -281,4 +282,8 @@ FAKES = {
     "sliding_window_attention_update": _fake_update,
 }
 GRADIENTS = {"sliding_window_attention": (_setup_context, _backward)}
-AUTOCAST = {"sliding_window_attention": ("q", "k", "v")}
+# A decoding step writes into its caches, which cannot be cast: it takes their dtype instead of autocast's.
+AUTOCAST = {
+    "sliding_window_attention": Cast(("q", "k", "v")),
+    "sliding_window_attention_update": Cast(("q", "k", "v"), like="k_cache"),
+}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlm import _ops
 from fastlm._registration import checks
+from fastlm._registration.autocast import Cast
 from fastlm._registration.layout import no_tensor
 
 
@@ -161,4 +162,4 @@ def _backward(
 FAKES = {"linear_nll": _fake_forward, "linear_nll_backward": _fake_backward}
 GRADIENTS = {"linear_nll": (_setup_context, _backward)}
 # Under autocast the head behaves like F.linear: hidden and weight take autocast's dtype. The bias is added in float32 as it is.
-AUTOCAST = {"linear_nll": ("hidden", "weight")}
+AUTOCAST = {"linear_nll": Cast(("hidden", "weight"))}

@@ -77,7 +77,8 @@ def causal_conv1d(
 
     Note:
         Differentiable in x, weight, bias and initial_states, and through final_states. The backward pass recomputes the
-        pre-activation, keeps nothing but the inputs, and is deterministic.
+        pre-activation, keeps nothing but the inputs, and is deterministic. Under autocast x and initial_states are cast to the
+        autocast dtype, and final_states follow; weight and bias stay as they are, and so does float64.
 
     Source: Dao-AILab/causal-conv1d (argument names and meanings); `cu_seqlens`, and `seq_idx` together with states, are additions.
 
@@ -125,7 +126,8 @@ def causal_conv1d_update(
         IndexError: `conv_state_indices` names a slot that does not exist.
 
     Note:
-        Not differentiable.
+        Not differentiable. Under autocast x takes the dtype of conv_state: the state is written in place, so it keeps its own, and
+        it decides. float64 stays.
 
     Source: Dao-AILab/causal-conv1d.
 

@@ -94,7 +94,8 @@ def selective_scan(
     Note:
         Differentiable in every floating argument, `initial_state` included, and through last_state; not through all_states. The
         forward pass keeps the state after every 64 positions (`B * L/64 * D * N` floats), from which the backward pass recomputes
-        the others. Results are the same bits for every number of threads.
+        the others. Results are the same bits for every number of threads. Under autocast u, delta, z, and B and C unless they
+        are constant, are cast to the autocast dtype; parameters and states stay as they are, and so does float64.
 
     Source: Gu and Dao, arXiv 2312.00752, section 3 (Euler rule for B); names and shapes of state-spaces/mamba,
     `selective_scan_fn`. Initial state, packing, all_states and the gradient of the last state are additions.
@@ -165,7 +166,8 @@ def selective_state_update(
         IndexError: `state_batch_indices` names a slot that does not exist.
 
     Note:
-        Not differentiable.
+        Not differentiable. Under autocast x, dt, B, C and z are cast to the autocast dtype, as in `selective_scan`; the state, which
+        is written in place, and the parameters stay as they are, and so does float64.
 
     Source: state-spaces/mamba, `selective_state_update`.
 

@@ -106,7 +106,7 @@ def sliding_window_attention(
     Note:
         Differentiable in q, k and v, through out and lse. The backward pass keeps q, k, v, out and lse, recomputes the
         weights block by block, and is deterministic. What a query does not see has no influence on its row, not even
-        NaN. Under autocast q, k and v are cast to the autocast dtype.
+        NaN. Under autocast q, k and v are cast to the autocast dtype; float64 stays.
 
     Source: flash-attn, `flash_attn_func` and `flash_attn_varlen_func` (names and bounds); Ren et al., arXiv 2406.07522,
         section 2.2; the algorithm is that of Dao et al., arXiv 2205.14135, walking over the window only.
@@ -173,7 +173,8 @@ def sliding_window_attention_update(
         IndexError: `cache_seqlens` leads to a position beyond the rotary tables.
 
     Note:
-        Not differentiable. The same bits for every number of threads.
+        Not differentiable. The same bits for every number of threads. Under autocast q, k and v take the dtype of the caches:
+        they are written in place, so they keep their own, and it decides. float64 stays.
 
     Source: Ren et al., arXiv 2406.07522 (window); flash-attn, `flash_attn_with_kvcache` (names).
 

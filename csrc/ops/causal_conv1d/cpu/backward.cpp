@@ -121,6 +121,7 @@ void backward_rows(const BackwardParams& p, const void* prepared, const int64_t*
   using A = acc_t<T>;
   const A* w = static_cast<const A*>(prepared);
   A* dp = static_cast<A*>(thread_scratch(sizeof(A) * (kTile + kMaxWidth) * kChannelBlock));
+  if (dp == nullptr) return;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t index = find_segment(tile_begin, p.num_segments, tile);
     const Segment& s = p.segments[index];
@@ -207,6 +208,7 @@ void backward_channels(const BackwardParams& p, const void* prepared, int64_t be
   using A = acc_t<T>;
   const A* w = static_cast<const A*>(prepared);
   A* dp = static_cast<A*>(thread_scratch(sizeof(A) * (kTimeBlock + kMaxWidth)));
+  if (dp == nullptr) return;
   for (int64_t item = begin; item < end; ++item) {
     const Segment& s = p.segments[item / p.dim];
     const int64_t d = item % p.dim;

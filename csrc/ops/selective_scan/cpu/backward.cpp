@@ -22,7 +22,7 @@ using selective_scan::Sequence;
 // Scratch of one thread, in elements of the accumulation type.
 template <class A>
 struct Scratch {
-  A* tiles;  // kNumTiles tiles of a strip
+  A* tiles;  // kNumTiles tiles of a strip; null: no memory
   A* h;      // (strip / lanes, padded_state, lanes): state at the chunk's start
   A* carry;  // (block / lanes, padded_state, lanes): a_{t+1} lambda_{t+1}
   A *b, *c;  // (kChunk, padded_state)
@@ -34,6 +34,7 @@ struct Scratch {
     const int64_t tape_size = (kChunk + 1) * kTapeRow * lanes_of<A>;
     const int64_t total = kNumTiles * kTile<A> + (kStrip + plan.block) * plan.padded_state + 4 * rows + tape_size;
     tiles = static_cast<A*>(thread_scratch(sizeof(A) * static_cast<size_t>(total)));
+    if (tiles == nullptr) return;
     h = tiles + kNumTiles * kTile<A>;
     carry = h + kStrip * plan.padded_state;
     b = carry + plan.block * plan.padded_state;
@@ -234,6 +235,7 @@ void backward(const BackwardParams& p, const Plan& plan, const ChannelArrays& ar
               const BackwardWork& work, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const Scratch<A> scratch(plan);
+  if (scratch.tiles == nullptr) return;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t slice = item / plan.num_blocks;
     const int64_t block_index = item % plan.num_blocks;

@@ -125,7 +125,7 @@ ScanStates<A> choose_scan(bool in_range, bool constant_b, bool constant_c, bool 
 // Scratch of one thread, in elements of the accumulation type.
 template <class A>
 struct Scratch {
-  A *dt, *du, *y;  // tiles of a strip
+  A *dt, *du, *y;  // tiles of a strip; dt null: no memory
   A* h;            // (block / lanes, padded_state, lanes)
   A *b, *c;        // (kChunk, padded_state)
   A* states;       // (kChunk, kStateGroup, lanes)
@@ -134,9 +134,9 @@ struct Scratch {
     const int64_t tile = kStrip / lanes_of<A> * kPitch<A>;
     const int64_t rows = kChunk * plan.padded_state;
     const int64_t kept = kChunk * kStateGroup * lanes_of<A>;
-    A* next = static_cast<A*>(
+    dt = static_cast<A*>(
         thread_scratch(sizeof(A) * static_cast<size_t>(3 * tile + plan.block * plan.padded_state + 2 * rows + kept)));
-    dt = next;
+    if (dt == nullptr) return;
     du = dt + tile;
     y = du + tile;
     h = y + tile;
@@ -275,6 +275,7 @@ void forward(const ForwardParams& p, const Plan& plan, const ChannelArrays& arra
   constexpr int64_t kLanes = lanes_of<T>;
   const A* prepared = static_cast<const A*>(prepared_ptr);
   const Scratch<A> scratch(plan);
+  if (scratch.dt == nullptr) return;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / plan.num_blocks;
     const Sequence& s = p.sequences[row];

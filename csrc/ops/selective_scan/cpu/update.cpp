@@ -1,7 +1,6 @@
 // One position of the scan per row, from and into the state: h = exp(dt A) h + dt x B, y = C h + D x, gated by z. Vectors run
 // along the N contiguous states of a channel, so the state is read and written once, in order; bound by its memory traffic, or by
 // the exponentials when it lies in the cache. The output is formed from the new state before that is rounded to its own type.
-#include "core/scratch.h"
 #include "ops/selective_scan/cpu/exponential.h"
 #include "ops/selective_scan/cpu/kernels.h"
 #include "ops/selective_scan/cpu/tile.h"
@@ -173,7 +172,8 @@ void update_block(const UpdateParams& p, int64_t row, int64_t slot, int64_t dim,
 template <class T>
 void update(const UpdateParams& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  auto& in = *static_cast<Inputs<A>*>(thread_scratch(sizeof(Inputs<A>)));
+  // On the stack: asking for memory could fail, with the state of some rows already written.
+  alignas(64) Inputs<A> in;
   const int64_t blocks = ceil_div(p.dim, kUpdateBlock);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / blocks;

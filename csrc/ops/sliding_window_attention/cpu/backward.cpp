@@ -288,6 +288,7 @@ void backward_chunks(const BackwardParams& p, const PartialLayout& l, const KeyC
   Carve count{nullptr};
   BackwardTile<T> size(count, l.rows, p.head_dim);
   Carve memory{static_cast<char*>(thread_scratch(count.used))};
+  if (memory.base == nullptr) return;
   const BackwardTile<T> tile(memory, l.rows, p.head_dim);
   for (int64_t i = begin; i < end; ++i) backward_chunk<T>(p, l, chunks[i], tile);
 }

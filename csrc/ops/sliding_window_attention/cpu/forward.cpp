@@ -229,6 +229,7 @@ void forward(const Params& p, const QueryBlock* blocks, int64_t begin, int64_t e
   Carve count{nullptr};
   ForwardTile<T> size(count, rows, p.head_dim);
   Carve memory{static_cast<char*>(thread_scratch(count.used))};
+  if (memory.base == nullptr) return;
   const ForwardTile<T> tile(memory, rows, p.head_dim);
   for (int64_t i = begin; i < end; ++i) forward_block<T>(p, blocks[i], tile);
 }

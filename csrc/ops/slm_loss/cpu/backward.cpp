@@ -111,6 +111,7 @@ void dlogits(const BackwardParams& p, const Panel& panel, int64_t piece) {
   const Block block{row, min_of(kRowBlock, p.num_rows - row), min_of(kColumnBlock, panel.end - panel.begin - column)};
   const int64_t columns = ceil_div(block.columns, kN) * kN;
   A* z = static_cast<A*>(thread_scratch(sizeof(A) * kBlockSize));
+  if (z == nullptr) return;
   block_logits<E>(p, block, static_cast<const E*>(panel.weight_columns) + column * operand_depth<E>(p.hidden_size),
                   static_cast<const A*>(panel.bias) + column, z);
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -169,6 +170,7 @@ void dweight(const BackwardParams& p, const Panel& panel, int64_t piece) {
   const int64_t words = min_of(kRowBlock, panel.end - panel.begin - word);
   const int64_t stride = p.capacity / depth_per_operand<E> * kN;
   acc_t<T>* sum = static_cast<acc_t<T>*>(thread_scratch(sizeof(acc_t<T>) * kBlockSize));
+  if (sum == nullptr) return;
   PackedProduct<E> product{};
   product.a = static_cast<const E*>(panel.dlogits_transposed) + word / kN * stride;
   product.a_stride = stride;

@@ -56,6 +56,7 @@ void logits(const ForwardParams& p, int64_t piece) {
   const int64_t columns = ceil_div(end - begin, kPackedColumns<E>) * kPackedColumns<E>;
   A* z = static_cast<A*>(
       thread_scratch(sizeof(A) * (kBlockSize + kColumnBlock) + sizeof(E) * operand_depth<E>(p.hidden_size) * kColumnBlock));
+  if (z == nullptr) return;
   A* bias = z + kBlockSize;
   E* weight = reinterpret_cast<E*>(bias + kColumnBlock);
   pack_columns<T, E>(weight_rows_of<T>(p, begin, end), weight, 0, columns);
