@@ -236,3 +236,13 @@ def test_token_ids_outside_the_vocabulary(ids):
 def test_plain_twin_refuses_an_unknown_scan():
     with pytest.raises(ValueError, match="scan must be one of plain, step_loop, got 'fast'"):
         PlainSamba(SambaConfig.from_preset("tiny"), scan="fast")
+
+
+def test_loss_takes_labels_shifted_by_the_caller(ids):
+    model = make()
+    hidden = model.model(ids)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    assert torch.equal(model.loss(hidden, shift_labels=shifted), model.loss(hidden, ids))
+    for wrong in ({}, {"labels": ids, "shift_labels": shifted}):
+        with pytest.raises(ValueError, match="expected one of labels and shift_labels"):
+            model.loss(hidden, **wrong)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastlm.models.samba.modeling import next_tokens
 from fastlm.training import RunError
 from fastlm.training.batches import IGNORE_INDEX, PackedRow, PackedSampler, evaluation_rows, pack
 from fastlm.training.shards import ShardWriter, TokenStore
@@ -77,36 +75,25 @@ def test_every_token_but_a_documents_first_is_predicted_once_per_epoch(
     store = make_store(tmp_path_factory.mktemp("store"), lengths)
     sampler = PackedSampler(store, row_tokens=row_tokens, seq_len=seq_len, seed=seed)
     total = 3 * store.num_tokens
-    count = -(-(total - 1) // (row_tokens - 1))
-    rows = [sampler.row(number) for number in range(count)]
-    # A row begins with the last token of the row before it; without those, the stream is every epoch's text.
-    assert all(a.input_ids[0, -1] == b.input_ids[0, 0] for a, b in pairwise(rows))
-    stream = torch.cat([rows[0].input_ids[0, :1], *(row.input_ids[0, 1:] for row in rows)])[:total]
+    rows = [sampler.row(number) for number in range(-(-total // row_tokens))]
+    stream = torch.cat([row.input_ids[0] for row in rows])[:total]
     for epoch in stream.split(store.num_tokens):
         assert sorted(epoch.tolist()) == list(range(store.num_tokens))
     wanted = sorted(set(range(store.num_tokens)) - starts_of(lengths))
-    predicted = [target for row in rows for target in targets_of(row)]
-    for epoch in range(3):
-        assert sorted(predicted[epoch * len(wanted) : (epoch + 1) * len(wanted)]) == wanted
+    predicted = torch.cat([row.shift_labels[0] for row in rows])[:total]
+    for epoch in predicted.split(store.num_tokens):
+        assert sorted(epoch[epoch != IGNORE_INDEX].tolist()) == wanted
     for row in rows:
         check_row(row, lengths, row_tokens, seq_len)
     again = PackedSampler(store, row_tokens=row_tokens, seq_len=seq_len, seed=seed)
-    number = count // 2  # a fresh sampler at a position gives the same row: that is all resuming needs
+    number = len(rows) // 2  # a fresh sampler at a position gives the same row: that is all resuming needs
     assert torch.equal(again.row(number).input_ids, rows[number].input_ids)
     assert torch.equal(again.row(number).cu_seqlens, rows[number].cu_seqlens)
-    assert torch.equal(again.row(number).labels, rows[number].labels)
-
-
-def targets_of(row: PackedRow) -> list[int]:
-    """What the model's own loss has the row predict."""
-    targets = next_tokens(row.labels)
-    found = targets[targets != IGNORE_INDEX].tolist()
-    assert len(found) == row.num_targets
-    return found
+    assert torch.equal(again.row(number).shift_labels, rows[number].shift_labels)
 
 
 def check_row(row: PackedRow, lengths: list[int], row_tokens: int | None, seq_len: int) -> None:
-    ids, labels, bounds = row.input_ids[0], row.labels[0], row.cu_seqlens
+    ids, targets, bounds = row.input_ids[0], row.shift_labels[0], row.cu_seqlens
     if row_tokens is not None:
         assert ids.numel() == row_tokens
     assert row.cu_seqlens.dtype == torch.int32
@@ -119,14 +106,19 @@ def check_row(row: PackedRow, lengths: list[int], row_tokens: int | None, seq_le
         piece = ids[start:stop]
         assert bool((piece.diff() == 1).all()), "a piece is part of one document, in order"
         assert not starts & set(piece[1:].tolist()), "a document begins where a piece begins"
-    for position in range(1, ids.numel()):
-        if int(ids[position]) in starts:
-            assert int(labels[position]) == IGNORE_INDEX, "nothing predicts a document's first token"
-        else:
-            assert int(labels[position]) == int(ids[position])
-            assert int(ids[position - 1]) == int(ids[position]) - 1, (
-                "a target follows its input in the document"
-            )
+    for token, target in zip(ids.tolist(), targets.tolist(), strict=True):
+        last = token + 1 in starts or token + 1 == sum(lengths)
+        assert target == (IGNORE_INDEX if last else token + 1)
+    assert row.targets.tolist() == targets[targets != IGNORE_INDEX].tolist()
+    assert row.num_targets == len(row.targets)
+
+
+def test_a_long_document_does_not_fill_many_rows_in_a_row(tmp_path: Path) -> None:
+    store = make_store(tmp_path, [400, *[20] * 20], shard_tokens=1000)
+    sampler = PackedSampler(store, row_tokens=80, seq_len=20, seed=0)
+    shares = [int((sampler.row(number).input_ids < 400).sum()) / 80 for number in range(10)]
+    assert max(shares) <= 0.75, "half of all tokens are the long document's: every row should have both kinds"
+    assert min(shares) >= 0.25
 
 
 def test_epochs_and_seeds_give_different_orders(tmp_path: Path) -> None:
@@ -161,7 +153,7 @@ def test_an_evaluation_predicts_every_token_but_the_first_once(
         row = pack(store, pieces)
         assert row.input_ids.numel() <= row_tokens
         check_row(row, lengths, None, seq_len)
-        predicted += targets_of(row)
+        predicted += row.targets.tolist()
     assert sorted(predicted) == sorted(set(range(sum(lengths))) - starts_of(lengths))
 
 

@@ -1,14 +1,11 @@
 """Packed rows of a fixed number of tokens, in an order that the seed and the position alone decide.
 
-The documents of every epoch are put one after the other in a new order. Row `n` is the `T` positions from
-`n*(T-1)` on of that endless stream: it begins with the last token of the row before it, so that the token
-after that one is predicted too. A document longer than `seq_len` is cut into pieces; state restarts at each
-piece (`cu_seqlens`), and the last token of a piece still predicts the first of the next one. The last token
-of a *document* predicts nothing. So in every epoch each token but the first of its document is predicted
-exactly once. Resuming needs one number: the row.
-
-Labels follow transformers: the model compares position `t` with `labels[t + 1]`, so a document's first token
-has label -100.
+Documents are cut into pieces of at most `seq_len` tokens, and the pieces of all documents are put one after the
+other in an order that is new in every epoch: a long document is spread over the whole epoch instead of filling
+many steps in a row. Row `n` is the `T` positions from `n*T` on of that endless stream; states restart at every
+piece (`cu_seqlens`). A position is trained on the token that follows it in its document, also where that token
+belongs to another piece or row; the last token of a document predicts nothing. So in every epoch each token but
+the first of its document is predicted exactly once. Resuming needs one number: the row.
 """
 
 from __future__ import annotations
@@ -30,20 +27,27 @@ class PackedRow:
     """One row of packed documents."""
 
     input_ids: torch.Tensor  # (1, T) int64
-    labels: torch.Tensor  # (1, T) int64: input_ids, but -100 at the first token of every document
+    shift_labels: (
+        torch.Tensor
+    )  # (1, T) int64: the token that follows in the document, -100 at a document's end
     cu_seqlens: torch.Tensor  # (S+1,) int32
 
     @property
+    def targets(self) -> torch.Tensor:
+        """The predicted tokens, `(num_targets,)` int64."""
+        return self.shift_labels[self.shift_labels != IGNORE_INDEX]
+
+    @property
     def num_targets(self) -> int:
-        """Predicted tokens: labels that have a position before them."""
-        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+        """Predicted tokens."""
+        return int((self.shift_labels != IGNORE_INDEX).sum())
 
 
-def document_order(num_documents: int, seed: int, epoch: int) -> Array:
-    """A permutation of the documents, sorted by a hash of (seed, epoch, document); equal on every machine."""
+def shuffled(count: int, seed: int, epoch: int) -> Array:
+    """A permutation of `count` items, sorted by a hash of (seed, epoch, item); equal on every machine."""
     with np.errstate(over="ignore"):  # the hash is splitmix64: wrapping around is what it is made of
         key = _splitmix64(np.uint64(seed) + _splitmix64(np.uint64(epoch)))
-        keys = _splitmix64(np.arange(num_documents, dtype=np.uint64) ^ key)
+        keys = _splitmix64(np.arange(count, dtype=np.uint64) ^ key)
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
@@ -59,14 +63,19 @@ class PackedSampler:
 
     Args:
         store: the documents.
-        row_tokens: tokens of a row (`T`), at least 2.
+        row_tokens: tokens of a row (`T`).
         seq_len: longest piece of a document.
-        seed: of the document order.
+        seed: of the order.
     """
 
     def __init__(self, store: TokenStore, *, row_tokens: int, seq_len: int, seed: int) -> None:
-        self.store, self.row_tokens, self.seq_len, self.seed = store, row_tokens, seq_len, seed
+        self.store, self.row_tokens, self.seed = store, row_tokens, seed
         self.epoch_tokens = store.num_tokens
+        counts = -(-store.lengths // seq_len)
+        self._document: Array = np.repeat(np.arange(store.num_documents), counts)
+        within = np.arange(len(self._document)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._first: Array = within * seq_len
+        self._length: Array = np.minimum(store.lengths[self._document] - self._first, seq_len)
         self._epoch = -1
         self._order: Array = np.empty(0, np.int64)
         self._starts: Array = np.empty(0, np.int64)
@@ -74,51 +83,41 @@ class PackedSampler:
     def row(self, number: int) -> PackedRow:
         """The row at position `number`; the same for every call and every process."""
         pieces: list[Piece] = []
-        position, needed = number * (self.row_tokens - 1), self.row_tokens
-        while needed:
+        position, end = number * self.row_tokens, (number + 1) * self.row_tokens
+        while position < end:
             epoch, offset = divmod(position, self.epoch_tokens)
             self._open(epoch)
             slot = int(np.searchsorted(self._starts, offset, side="right")) - 1
-            while needed and slot < len(self._order):
-                document = int(self._order[slot])
-                start = offset - int(self._starts[slot])
-                length = int(self.store.lengths[document])
-                while needed and start < length:
-                    # Cuts stand at multiples of seq_len from the document's start, wherever the row begins.
-                    stop = min(length, (start // self.seq_len + 1) * self.seq_len, start + needed)
-                    pieces.append((document, start, stop))
-                    needed, position, offset = (
-                        needed - (stop - start),
-                        position + stop - start,
-                        offset + stop - start,
-                    )
-                    start = stop
-                slot += 1
+            while position < end and slot < len(self._order):
+                piece = self._order[slot]
+                first, stop = int(self._first[piece]), int(self._first[piece] + self._length[piece])
+                start = first + offset - int(self._starts[slot])
+                stop = min(stop, start + end - position)
+                pieces.append((int(self._document[piece]), start, stop))
+                position, offset, slot = position + stop - start, offset + stop - start, slot + 1
         return pack(self.store, pieces)
 
     def _open(self, epoch: int) -> None:
         if epoch != self._epoch:
-            self._order = document_order(self.store.num_documents, self.seed, epoch)
-            self._starts = np.concatenate([[0], np.cumsum(self.store.lengths[self._order])[:-1]]).astype(
-                np.int64
-            )
+            self._order = shuffled(len(self._document), self.seed, epoch)
+            lengths = self._length[self._order]
+            self._starts = np.cumsum(lengths) - lengths
             self._epoch = epoch
 
 
 def pack(store: TokenStore, pieces: list[Piece]) -> PackedRow:
     """Builds one row from pieces."""
-    inputs, labels, ends = [], [], [0]
+    inputs, targets, ends = [], [], [0]
     for document, start, stop in pieces:
-        tokens = store.tokens(document, start, stop)
-        targets = tokens.copy()
-        if start == 0:
-            targets[0] = IGNORE_INDEX
-        inputs.append(tokens)
-        labels.append(targets)
+        tokens = store.tokens(document, start, stop + 1)  # one fewer at the document's end
+        following = np.full(stop - start, IGNORE_INDEX, np.int64)
+        following[: len(tokens) - 1] = tokens[1:]
+        inputs.append(tokens[: stop - start])
+        targets.append(following)
         ends.append(ends[-1] + stop - start)
     return PackedRow(
         torch.from_numpy(np.concatenate(inputs)).unsqueeze(0),
-        torch.from_numpy(np.concatenate(labels)).unsqueeze(0),
+        torch.from_numpy(np.concatenate(targets)).unsqueeze(0),
         torch.tensor(ends, dtype=torch.int32),
     )
 
@@ -128,22 +127,19 @@ def evaluation_rows(
 ) -> list[list[Piece]]:
     """Pieces of documents, up to `max_tokens` tokens, grouped into rows of at most `row_tokens`.
 
-    The order of documents is a fixed mixture, so that a small part is not all from one folder.
-    Where a document goes on in the next row, that row starts with the last token again, so every token but
-    the first of each document is predicted exactly once.
+    Documents are read whole, in a fixed mixture, so that a small part is not all from one folder.
 
     Returns:
         One list of pieces per row, for `pack`. The last document may be cut short.
     """
     rows: list[list[Piece]] = [[]]
     room, left = row_tokens, max_tokens
-    for document in document_order(store.num_documents, 0, 0).tolist():
+    for document in shuffled(store.num_documents, 0, 0).tolist():
         start, length = 0, int(store.lengths[document])
         while start < length and left > 0:
             if room == 0:
                 rows.append([])
                 room = row_tokens
-                start = max(0, start - 1)
             stop = min(length, (start // seq_len + 1) * seq_len, start + room, start + left)
             rows[-1].append((document, start, stop))
             room, left, start = room - (stop - start), left - (stop - start), stop

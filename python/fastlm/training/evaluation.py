@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastlm.training.batches import IGNORE_INDEX, PackedRow, Piece, evaluation_rows, pack
+from fastlm.training.batches import PackedRow, Piece, evaluation_rows, pack
 from fastlm.training.data import PreparedData
 
 if TYPE_CHECKING:
@@ -51,25 +51,21 @@ def held_out_rows(data: PreparedData, *, row_tokens: int, seq_len: int, max_toke
 
 
 def held_out_text(data: PreparedData, rows: list[list[Piece]]) -> Iterator[bytes]:
-    """The very bytes that an evaluation of `rows` is about, document by document."""
+    """The very bytes that an evaluation of `rows` is about, document by document: all that is read and predicted."""
     ends: dict[int, int] = {}
     for row in rows:
         for document, _, stop in row:
             ends[document] = max(stop, ends.get(document, 0))
     spelling = data.spelling()
     for document, stop in ends.items():
-        yield b"".join(spelling[token] for token in data.held_out.tokens(document, 0, stop).tolist())
+        yield b"".join(spelling[token] for token in data.held_out.tokens(document, 0, stop + 1).tolist())
 
 
 def row_loss(model: SambaForCausalLM, row: PackedRow, dtype: str) -> torch.Tensor:
-    """Summed nats of a row's targets, float32 scalar.
-
-    Only states are cut at `cu_seqlens`; the last token of a piece still predicts the next one of its
-    document, which is why the loss gets the labels alone.
-    """
+    """Summed nats of a row's targets, float32 scalar."""
     with autocast(dtype):
         hidden = model.model(row.input_ids, cu_seqlens=row.cu_seqlens)
-        return model.loss(hidden, row.labels, reduction="sum")
+        return model.loss(hidden, shift_labels=row.shift_labels, reduction="sum")
 
 
 @torch.no_grad()
@@ -103,8 +99,7 @@ def evaluate(
                 continue
             nats += float(row_loss(model, row, dtype))
             tokens += row.num_targets
-            targets = row.labels[0, 1:]
-            num_bytes += int(sizes[targets[targets != IGNORE_INDEX]].sum())
+            num_bytes += int(sizes[row.targets].sum())
     finally:
         model.train(was_training)
     return Evaluation(nats, tokens, max(1, num_bytes))

@@ -21,7 +21,7 @@ import torch
 import fastlm
 from fastlm.models.samba import SambaConfig, SambaForCausalLM
 from fastlm.training.atomic import new_folder
-from fastlm.training.batches import IGNORE_INDEX, PackedRow, PackedSampler
+from fastlm.training.batches import PackedSampler
 from fastlm.training.checkpoint import CheckpointFolder, Position
 from fastlm.training.config import TrainConfig, reason
 from fastlm.training.data import PreparedData, prepare_data
@@ -265,12 +265,8 @@ class Trainer:
         self.tokens += config.batch_tokens
         seconds = time.monotonic() - started
         self.train_seconds += seconds
-        bits = nats / math.log(2) / max(1, sum(self._bytes(row) for row in rows))
+        bits = nats / math.log(2) / max(1, sum(int(self.sizes[row.targets].sum()) for row in rows))
         return StepResult(nats / targets, bits, norm, config.batch_tokens, seconds)
-
-    def _bytes(self, row: PackedRow) -> int:
-        targets = row.labels[0, 1:]
-        return int(self.sizes[targets[targets != IGNORE_INDEX]].sum())
 
     def _diverged(self, loss: float, norm: float) -> RunError:
         steps = self.checkpoints.steps()

@@ -275,13 +275,28 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
     def loss(
         self,
         hidden: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         *,
+        shift_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        """Next-token cross-entropy of hidden states `(B, L, d)` against `labels (B, L)`, see `forward`."""
-        targets = next_tokens(labels, cu_seqlens)
+        """Next-token cross-entropy of hidden states `(B, L, d)`.
+
+        Args:
+            hidden: after the final norm.
+            labels: `(B, L)` token ids, compared one position later, see `forward`; or
+            shift_labels: `(B, L)`, what each position predicts, -100 where nothing.
+            cu_seqlens: bounds of packed sequences, for `labels`.
+            reduction: `none` gives `(B*L,)`.
+
+        Raises:
+            ValueError: both or none of `labels` and `shift_labels`.
+        """
+        if (labels is None) == (shift_labels is None):
+            raise ValueError("SambaForCausalLM.loss: expected one of labels and shift_labels")
+        targets = shift_labels if labels is None else next_tokens(labels, cu_seqlens)
+        assert targets is not None
         weight = self.output_weight.to(hidden.dtype)
         return ops.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction=reduction)
 
