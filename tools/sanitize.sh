@@ -14,8 +14,9 @@ levels=${LEVELS:-$("$bin/python" -c 'import fastlm; print(*fastlm._C.supported_c
   "-DFASTLM_SANITIZE=address;undefined" "-DFASTLM_CPU_LEVELS=$levels" -DFASTLM_CUDA=OFF
 "$bin/cmake" --build "$build" --parallel "${JOBS:-2}"
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
+# Fresh memory is full of NaN, also what a kernel takes as working memory.
 # --capture=sys: a report is written by the process that it ends, so pytest must leave the file descriptor alone.
-LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64 UBSAN_OPTIONS=print_stacktrace=1 \
+LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64:max_malloc_fill_size=268435456:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1 \
   PYTHONPATH="$root/python" FASTLM_LIBRARY_DIR="$build" FASTLM_CPU_CAPABILITY= \
   "$bin/python" -m pytest -q -p no:cacheprovider --capture=sys -n "${JOBS:-2}" "$root/tests/ops" \
   -k "not compile and not opcheck" "$@"
