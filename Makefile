@@ -17,8 +17,8 @@ help:
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make cuda-check   compile the CUDA operators for sm_80 and sm_90a without linking (needs nvcc)"
 	@echo "make wheel-check  build a wheel in isolation, install it in a fresh environment, run it"
-	@echo "make emulate      the AVX-512 levels, emulated, against the reference (needs libsimde-dev)"
-	@echo "make sanitize     operator tests under the address and undefined-behaviour sanitizers"
+	@echo "make emulate      the AVX-512 levels as emulated AVX2 code, against the reference (needs libsimde-dev)"
+	@echo "make sanitize     operator tests under the address and undefined-behaviour sanitizers, at every level of this CPU"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -63,10 +63,10 @@ wheel-check: $(VENV)/.torch
 	sh tools/wheel_check.sh $(PYTHON) "$(TORCH)"
 
 sanitize: $(VENV)/.dev
-	sh tools/sanitize.sh $(abspath $(BIN))
+	JOBS=$(JOBS) sh tools/sanitize.sh $(abspath $(BIN)) $(PYTEST_ARGS)
 
 emulate: $(VENV)/.dev
-	sh tools/emulate.sh $(abspath $(BIN))
+	JOBS=$(JOBS) sh tools/emulate.sh $(abspath $(BIN)) $(PYTEST_ARGS)
 
 clean:
 	rm -rf build $(VENV)

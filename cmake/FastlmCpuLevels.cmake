@@ -8,6 +8,14 @@ set(fastlm_flags_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mav
 # GCC 12 warns about its own AVX-512 intrinsics.
 list(APPEND fastlm_flags_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
 set(fastlm_flags_avx512_bf16 ${fastlm_flags_avx512} -mavx512bf16)
+if(FASTLM_EMULATE_AVX512)
+  # AVX2 code in which AVX-512 is spelled out (core/simd/emulate_avx512.h); any machine with AVX2 then runs these levels.
+  find_path(FASTLM_SIMDE_DIR simde/x86/avx512.h REQUIRED)
+  target_include_directories(fastlm_settings SYSTEM INTERFACE "${FASTLM_SIMDE_DIR}")
+  target_compile_definitions(fastlm_settings INTERFACE FASTLM_EMULATED_LEVELS)
+  set(fastlm_flags_avx512 ${fastlm_flags_avx2} -O1 -Wno-maybe-uninitialized -DFASTLM_EMULATE_AVX512=1)
+  set(fastlm_flags_avx512_bf16 ${fastlm_flags_avx2} -O1 -Wno-maybe-uninitialized -DFASTLM_EMULATE_AVX512=2)
+endif()
 
 if("avx512_bf16" IN_LIST FASTLM_CPU_LEVELS AND NOT "avx512" IN_LIST FASTLM_CPU_LEVELS)
   list(APPEND FASTLM_CPU_LEVELS avx512) # families without a bf16 dot product use those kernels

@@ -9,7 +9,9 @@ namespace {
 constexpr int kChains = 10;
 
 // Tells the compiler that a register may have changed or was read, without an instruction.
-#if defined(__AVX512F__)
+#if defined(FASTLM_EMULATE_AVX512)
+#define FASTLM_OPAQUE(v) __asm__ volatile("" : "+m"(v))  // a vector of 64 bytes fits no register
+#elif defined(__AVX512F__)
 #define FASTLM_OPAQUE(v) __asm__ volatile("" : "+v"(v))
 #elif defined(__x86_64__)
 #define FASTLM_OPAQUE(v) __asm__ volatile("" : "+x"(v))

@@ -21,6 +21,10 @@ static inline __m512 cvtph_ps(__m256i h) {
   return v;
 }
 
+static inline __m512i cvtepu16_epi32(__m256i h) { return (__m512i) __builtin_convertvector((Half16)h, Int16); }
+
+static inline void stream_ps(float* p, __m512 v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
 static inline __m256i cvtps_ph(__m512 v) {
   __m256 low;
   __m256 high;
@@ -72,6 +76,9 @@ static inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 
 }  // namespace fastlm::emulation
 
+#define _mm512_cvtepu16_epi32(h) ::fastlm::emulation::cvtepu16_epi32(h)
+#define _mm512_stream_ps(p, v) ::fastlm::emulation::stream_ps(p, v)
+#undef _mm512_cvtps_ph
 #define _mm512_cvtph_ps(h) ::fastlm::emulation::cvtph_ps(h)
 #define _mm512_cvtps_ph(v, rounding) ::fastlm::emulation::cvtps_ph(v)
 #define _mm512_cvtneps_pbh(v) ::fastlm::emulation::cvtneps_pbh(v)

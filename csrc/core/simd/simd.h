@@ -12,7 +12,9 @@
 #include "core/dtypes.h"
 #include "core/integers.h"
 
-#if defined(__x86_64__)
+#if defined(FASTLM_EMULATE_AVX512)
+#include "core/simd/emulate_avx512.h"
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -25,7 +27,7 @@
 namespace fastlm::FASTLM_CPU_LEVEL {
 namespace {
 
-#if defined(__AVX512F__) || defined(FASTLM_EMULATE_AVX512)
+#if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #define FASTLM_SIMD_512 1
 #elif defined(__AVX2__)
