@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..case import STEP, Build, Call, Case, Contender, Inputs, Target, Work
 from ..peers import member
 
-_VOCABULARY = 4096
+_VOCABULARY = 2048
 _WEIGHT = "weight:"
 
 

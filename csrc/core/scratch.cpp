@@ -18,8 +18,14 @@ thread_local size_t failed_bytes = 0;
 
 void* thread_scratch(size_t bytes) {
   thread_local Buffer buffer;
-  if (bytes > buffer.size) {
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+#if defined(__SANITIZE_ADDRESS__)
+  const size_t rounded = (bytes + 63) / 64 * 64;  // exactly what was asked for, so that a step beyond it is seen
+  const bool fits = rounded == buffer.size;
+#else
+  const size_t rounded = (bytes + 4095) / 4096 * 4096;
+  const bool fits = bytes <= buffer.size;
+#endif
+  if (!fits) {
     std::free(buffer.data);
     buffer.data = std::aligned_alloc(64, rounded);
     buffer.size = buffer.data == nullptr ? 0 : rounded;

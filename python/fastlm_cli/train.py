@@ -57,11 +57,11 @@ def train(
     seq_len: Annotated[
         int | None, typer.Option(help="Longest piece of one document, in tokens.", show_default="512")
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.", show_default="4096")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.", show_default="1024")] = None,
     micro_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of one pass, to save memory.", show_default="--batch-tokens")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="0.002")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the preset's")] = None,
     min_lr_ratio: Annotated[
         float | None, typer.Option(help="Last learning rate as a share of the peak.", show_default="0.1")
     ] = None,

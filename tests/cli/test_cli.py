@@ -305,7 +305,7 @@ def test_flags_win_over_a_file_and_its_other_limit(text: Path, tmp_path: Path) -
     done = run("train", "samba", *arguments)
     assert done.returncode == 0, done.stderr
     record = load_record(tmp_path / "run")
-    assert (record.config.steps, record.config.seed, record.config.lr) == (2, 4, 0.002)
+    assert (record.config.steps, record.config.seed, record.config.peak_lr) == (2, 4, 0.002)
     assert done.stderr == ""
 
 

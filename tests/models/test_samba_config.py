@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from fastlm.models.samba import PRESETS, SambaCache, SambaConfig, SambaForCausalLM, preset
+from fastlm.models.samba import PRESETS, SambaCache, SambaConfig, SambaForCausalLM, peak_learning_rate, preset
 
 # Table 12 of the paper (tied head), in millions; the variants by the same formula from their published sizes.
 PARAMETERS = {
@@ -41,6 +41,14 @@ def test_every_preset_is_counted_or_small():
     assert set(PRESETS) - set(PARAMETERS) == {"demo", "tiny"}
     assert 2e6 < SambaForCausalLM(preset("demo"), device="meta").num_parameters() < 4e6
     assert SambaForCausalLM(preset("tiny"), device="meta").num_parameters() < 1e5
+
+
+def test_every_preset_has_a_learning_rate():
+    assert {peak_learning_rate(name) for name in PARAMETERS} == {4e-4, 6e-4}
+    assert [peak_learning_rate(name) for name in ("Samba_421M", "samba-3.8b")] == [4e-4, 6e-4]
+    assert peak_learning_rate("demo") > peak_learning_rate("tiny") > 6e-4
+    with pytest.raises(ValueError, match="preset must be one of"):
+        peak_learning_rate("huge")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class DemoSize:
 
 FULL = DemoSize(
     seconds=100.0,
-    settings={"vocab_size": 4096, "seq_len": 512, "batch_tokens": 4096},
+    settings={"seq_len": 512, "batch_tokens": 1024},
     batch=(2, 512),
     rounds=4,
     budget=20.0,

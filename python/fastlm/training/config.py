@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fastlm.models.samba.presets import peak_learning_rate
 from fastlm.training.errors import InputError
 
 
@@ -31,11 +32,11 @@ class TrainConfig(BaseModel):
         "auto", description="arithmetic; weights are always fp32; auto = bf16 where the CPU has it natively"
     )
     seq_len: int = Field(512, ge=2, description="longest piece of one document, in tokens")
-    batch_tokens: int = Field(4096, ge=2, description="tokens of one optimizer step")
+    batch_tokens: int = Field(1024, ge=2, description="tokens of one optimizer step")
     micro_batch_tokens: int | None = Field(
         None, ge=2, description="tokens of one forward pass; default: batch_tokens (no gradient accumulation)"
     )
-    lr: float = Field(2e-3, gt=0, le=10, description="peak learning rate")
+    lr: float | None = Field(None, gt=0, le=10, description="peak learning rate; default: the preset's")
     min_lr_ratio: float = Field(
         0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak"
     )
@@ -84,6 +85,11 @@ class TrainConfig(BaseModel):
     def budget_seconds(self) -> float | None:
         """Seconds of training of a time-limited run, None for one limited by steps."""
         return None if self.steps is not None else 60.0 * (2.0 if self.minutes is None else self.minutes)
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate in force."""
+        return peak_learning_rate(self.preset) if self.lr is None else self.lr
 
     @property
     def micro_batch(self) -> int:

@@ -154,7 +154,7 @@ class Trainer:
         self.model.train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
-            lr=self.config.lr,
+            lr=self.config.peak_lr,
             betas=(self.config.beta1, self.config.beta2),
             weight_decay=self.config.weight_decay,
             fused=True,
@@ -246,7 +246,7 @@ class Trainer:
             self.step,
             self.schedule.warmup_steps if self.schedule else config.warmup_steps,
             self.schedule.total_steps if self.schedule else None,
-            peak=config.lr,
+            peak=config.peak_lr,
             min_ratio=config.min_lr_ratio,
         )
         for group in self.optimizer.param_groups:
@@ -276,7 +276,7 @@ class Trainer:
         return RunError(
             f"training: step {self.step} gave loss {loss} and gradient norm {norm}, expected finite "
             f"numbers; {safe}. "
-            f"Start again with a smaller --lr than {self.config.lr:g}"
+            f"Start again with a smaller --lr than {self.config.peak_lr:g}"
         )
 
     def _report(self, result: StepResult, began: float) -> None:

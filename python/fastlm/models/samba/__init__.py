@@ -12,7 +12,7 @@ from fastlm.models.samba.cache import LayerCache, SambaCache
 from fastlm.models.samba.config import SambaConfig
 from fastlm.models.samba.generation import Sampling
 from fastlm.models.samba.modeling import SambaForCausalLM, SambaModel, SambaOutput
-from fastlm.models.samba.presets import PRESETS, preset
+from fastlm.models.samba.presets import PRESETS, peak_learning_rate, preset
 
 __all__ = [
     "PRESETS",
@@ -23,5 +23,6 @@ __all__ = [
     "SambaModel",
     "SambaOutput",
     "Sampling",
+    "peak_learning_rate",
     "preset",
 ]

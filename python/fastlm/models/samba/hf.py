@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 try:
-    from transformers import (  # type: ignore[import-not-found]
+    from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
         GenerationMixin,
         PreTrainedConfig,
         PreTrainedModel,
     )
-    from transformers.modeling_outputs import CausalLMOutputWithPast  # type: ignore[import-not-found]
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
     raise ImportError(
         f"fastlm.models.samba.hf needs transformers 5: pip install 'fastlm[hf]' ({error})"
