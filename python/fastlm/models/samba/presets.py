@@ -96,5 +96,5 @@ def peak_learning_rate(name: str) -> float:
     """
     preset(name)
     key = name.lower().replace("-", "_")
-    small = {"demo": 8e-3, "tiny": 2e-3}
+    small = {"demo": 1e-2, "tiny": 2e-3}
     return small.get(key, 6e-4 if key in ("samba_1.7b", "samba_3.8b") else 4e-4)
