@@ -34,7 +34,9 @@ def demo(
     length = seconds if seconds is not None else (None if minutes is None else 60 * minutes)
 
     from fastlm.demo.run import run_demo, show
+    from fastlm.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     result = run_demo(out, seconds=length, data=data, quick=quick, replace=replace)
     if as_json:
         print(json.dumps(result.to_dict()))

@@ -113,8 +113,10 @@ def train(
         raise typer.BadParameter("expected a folder for the run, got none", param_hint="--out")
 
     from fastlm import training
+    from fastlm.training.memory import keep_freed_memory
     from fastlm.training.progress import make_reporter
 
+    keep_freed_memory()
     settings = {**(training.read_config_file(config) if config else {}), **flags}
     if ("minutes" in flags and "steps" not in flags) or ("steps" in flags and "minutes" not in flags):
         settings.pop(
