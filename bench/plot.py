@@ -49,10 +49,11 @@ def plot(record: Mapping[str, Any], path: str | Path, clock: str = "wall") -> Pa
     if not groups:
         raise ValueError("bench plot: the record must hold a case with fastlm and a peer, got none")
     heights = [len(rows) + 1.2 for _, rows in groups]
+    inches = 0.28 * sum(heights) + 1
     figure, axes = pyplot.subplots(
         len(groups),
         1,
-        figsize=(9, 0.28 * sum(heights) + 1),
+        figsize=(9, inches),
         sharex=True,
         squeeze=False,
         height_ratios=heights,
@@ -85,8 +86,8 @@ def plot(record: Mapping[str, Any], path: str | Path, clock: str = "wall") -> Pa
         record["software"]["cpu_level"],
         f"{clock} clock",
     )
-    figure.suptitle(", ".join(words), fontsize=9)
-    figure.tight_layout()
+    figure.suptitle(", ".join(words), fontsize=9, y=1 - 0.15 / inches)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / inches))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
