@@ -19,6 +19,7 @@ from fastlm.demo.run import run_demo
 from fastlm.models.samba import SambaConfig, SambaForCausalLM
 from fastlm.training import InputError, load_record
 
+LOSS_ERROR = {"fp32": 1e-4, "bf16": 2e-2}  # relative
 LIMIT_SECONDS = 90.0  # about 20 on two free cores; tests share them
 
 
@@ -38,7 +39,7 @@ def test_the_quick_demo_from_the_command_line(tmp_path: Path) -> None:
     result = DemoResult.model_validate_json((out / "demo.json").read_text())
     assert [peer.problem for peer in result.peers] == [None, None, None]
     losses = [peer.loss for peer in result.peers]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert losses == pytest.approx([losses[0]] * 3, rel=LOSS_ERROR[result.dtype])
     assert (result.speed_up("transformers-style step loop") or 0) > 1
     assert result.bits_per_byte < result.held_out_curve[0][1], "it learned, however slow the machine"
     assert result.bits_per_byte == load_record(out / "run").result["bits_per_byte"]  # type: ignore[index]
@@ -63,17 +64,18 @@ def model() -> SambaForCausalLM:
     return SambaForCausalLM(SambaConfig.from_preset("tiny"))
 
 
-def test_contenders_do_the_same_work_and_leave_the_model_alone(model: SambaForCausalLM) -> None:
+@pytest.mark.parametrize("dtype", LOSS_ERROR)
+def test_contenders_do_the_same_work_and_leave_the_model_alone(model: SambaForCausalLM, dtype: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.randint(96, (2, 24))
-    found = measure_peers(model, ids, rounds=3, budget=60.0, report=lambda text: None)
+    found = measure_peers(model, ids, dtype=dtype, rounds=3, budget=60.0, report=lambda text: None)
     assert [peer.name for peer in found] == ["fastlm", "plain PyTorch", "transformers-style step loop"]
     assert [len(peer.seconds) for peer in found] == [3, 3, 3]
     assert all(peer.problem is None for peer in found)
     expected = model(ids, labels=ids).loss.item()
-    assert [peer.loss for peer in found] == pytest.approx([expected] * 3, rel=1e-4)
+    assert [peer.loss for peer in found] == pytest.approx([expected] * 3, rel=LOSS_ERROR[dtype])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    once = measure_peers(model, ids, rounds=3, budget=0.0, report=lambda text: None)
+    once = measure_peers(model, ids, dtype=dtype, rounds=3, budget=0.0, report=lambda text: None)
     assert [len(peer.seconds) for peer in once] == [1, 1, 1], "no budget: the checked step is the only one"
 
 
@@ -92,7 +94,8 @@ def test_a_contender_with_another_result_is_reported_not_timed(
         return other
 
     monkeypatch.setattr(peers_module, "_plain", cheating)
-    found = measure_peers(model, torch.randint(96, (1, 20)), rounds=2, budget=60.0, report=lambda text: None)
+    ids = torch.randint(96, (1, 20))
+    found = measure_peers(model, ids, dtype="fp32", rounds=2, budget=60.0, report=lambda text: None)
     what = "loss" if cheat == "loss" else "gradient norm"
     assert found[1].problem is not None
     assert f"not timed: its {what} is" in found[1].problem

@@ -24,7 +24,9 @@ def print_panel(result: DemoResult, report: Path, console: Console | None = None
     rows, length = result.batch
     parts += [
         Text(),
-        _heading(f"Training, tokens per second on {rows} × {length} tokens (more is better)"),
+        _heading(
+            f"Training in {result.dtype}, tokens per second on {rows} × {length} tokens (more is better)"
+        ),
         _speed(result, width),
     ]
     facts = Text()

@@ -1,7 +1,7 @@
-"""Training speed and memory of fastlm beside plain PyTorch: same weights, same batch, same optimizer, this
-machine.
+"""Training speed and memory of fastlm beside plain PyTorch: same weights, same batch, same optimizer, same
+arithmetic, this machine.
 
-Correctness first: a contender whose loss or gradient differs is reported, not timed.
+Correctness first: a contender whose float32 loss or gradient differs is reported, not timed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from fastlm.demo.plain_samba import PlainSamba
 from fastlm.models.samba import SambaForCausalLM
+from fastlm.training.evaluation import autocast
 from fastlm.training.memory import peak_memory_bytes, reset_peak_memory, resident_memory_bytes
 
-LOSS_TOLERANCE = 1e-4  # relative, fp32
+CHECKED_TOKENS = 64  # of every row, in float32
+LOSS_TOLERANCE = 1e-4  # relative
 GRADIENT_TOLERANCE = 1e-3  # of the gradient's norm, relative
 FASTLM, PLAIN, STEP_LOOP = "fastlm", "plain PyTorch", "transformers-style step loop"
 
@@ -33,8 +35,8 @@ class Peer:
 
     name: str
     what: str
-    loss: float = math.nan
-    gradient_norm: float = math.nan
+    loss: float = math.nan  # of the whole batch, in the arithmetic that is timed
+    checked: dict[str, float] = field(default_factory=dict)  # what is compared, by name
     seconds: list[float] = field(default_factory=list)  # of each timed step
     peak_bytes: int = 0  # most memory of one step beyond what was there before it
     problem: str | None = None  # why it was not timed
@@ -45,13 +47,20 @@ class Peer:
 
 
 def measure_peers(
-    model: SambaForCausalLM, input_ids: Tensor, *, rounds: int, budget: float, report: Callable[[str], None]
+    model: SambaForCausalLM,
+    input_ids: Tensor,
+    *,
+    dtype: str,
+    rounds: int,
+    budget: float,
+    report: Callable[[str], None],
 ) -> list[Peer]:
     """Times whole training steps (forward, backward, AdamW).
 
     Args:
         model: the weights that all contenders start from; its own are left as they are.
         input_ids: `(B, L)`; every contender gets the same rows, each row one sequence.
+        dtype: `fp32`, or `bf16` for autocast over the same weights.
         rounds: timed steps of each contender, taken in turns.
         budget: seconds for all timed steps; slow contenders get fewer rounds, at least one.
         report: called with one line per contender.
@@ -73,7 +82,7 @@ def measure_peers(
     steps = []
     for peer, module in contenders:
         report(f"checking and timing {peer.name}")
-        step = _Step(peer, module, input_ids)
+        step = _Step(peer, module, input_ids, dtype)
         step.check()
         steps.append(step)
     reference = contenders[0][0]
@@ -92,38 +101,38 @@ def measure_peers(
 class _Step:
     """A contender ready to train."""
 
-    def __init__(self, peer: Peer, module: torch.nn.Module, input_ids: Tensor) -> None:
-        self.peer, self.module, self.input_ids = peer, module, input_ids
+    def __init__(self, peer: Peer, module: torch.nn.Module, input_ids: Tensor, dtype: str) -> None:
+        self.peer, self.module, self.input_ids, self.dtype = peer, module, input_ids, dtype
         # Rate 0: the work of an update, the same weights before every step.
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.1, fused=True)
 
     def check(self) -> None:
-        """Warms up on a short piece, then one whole step with memory, loss and gradient recorded."""
-        self._forward_backward(self.input_ids[:, :16])
+        """Loss and gradient in float32 on a piece; then one whole step with memory and loss recorded."""
+        loss = self._forward_backward(self.input_ids[:, :CHECKED_TOKENS], "fp32")
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        self.peer.checked = {"loss": loss, "gradient norm": float(norm)}
+        self.optimizer.zero_grad(set_to_none=True)
+        self._forward_backward(self.input_ids[:, :16], self.dtype)  # warms up
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         _give_back_memory()
         counted = reset_peak_memory()
         before = resident_memory_bytes()
-        started = time.monotonic()
-        self.peer.loss = self._forward_backward(self.input_ids)
-        self.optimizer.step()
-        self.peer.seconds.append(time.monotonic() - started)
+        self.time()
         self.peer.peak_bytes = max(0, peak_memory_bytes() - before) if counted else 0
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        self.peer.gradient_norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
-        self.optimizer.zero_grad(set_to_none=True)
 
     def time(self) -> None:
         """One whole step."""
         started = time.monotonic()
-        self._forward_backward(self.input_ids)
+        self.peer.loss = self._forward_backward(self.input_ids, self.dtype)
         self.optimizer.step()
         self.peer.seconds.append(time.monotonic() - started)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward_backward(self, input_ids: Tensor) -> float:
-        output = self.module(input_ids, labels=input_ids)
+    def _forward_backward(self, input_ids: Tensor, dtype: str) -> float:
+        with autocast(dtype):
+            output = self.module(input_ids, labels=input_ids)
         loss: Tensor = output[0] if isinstance(output, tuple) else output.loss
         loss.backward()
         return float(loss.detach())
@@ -131,10 +140,8 @@ class _Step:
 
 def _compare(peer: Peer, reference: Peer) -> None:
     """Marks a contender that computes something else."""
-    for what, found, expected, tolerance in (
-        ("loss", peer.loss, reference.loss, LOSS_TOLERANCE),
-        ("gradient norm", peer.gradient_norm, reference.gradient_norm, GRADIENT_TOLERANCE),
-    ):
+    for what, tolerance in (("loss", LOSS_TOLERANCE), ("gradient norm", GRADIENT_TOLERANCE)):
+        found, expected = peer.checked[what], reference.checked[what]
         if not abs(found - expected) <= tolerance * abs(expected):
             peer.problem = f"not timed: its {what} is {found:.6g}, fastlm's is {expected:.6g}"
             peer.seconds.clear()

@@ -148,9 +148,9 @@ def _speed(result: DemoResult) -> str:
         )
     return (
         "<section><h2>Training speed: tokens per second</h2>"
-        f"<p>Whole training steps (forward, backward, AdamW, fp32) of the trained model on one batch of "
-        f"{rows} × {length} tokens: same "
-        "weights, same tokens. Losses and gradients were compared first; one that differs is not timed.</p>"
+        f"<p>Whole training steps (forward, backward, AdamW) of the trained model in {result.dtype} on one "
+        f"batch of {rows} × {length} tokens: same weights, same tokens, same arithmetic. Losses and gradients "
+        "in fp32 were compared first; one that differs is not timed.</p>"
         f"{bar_chart(bars)}<div class=scroll><table><tr><th>form</th><th class=n>seconds a step</th><th "
         f"class=n>steps</th>"
         f"<th class=n>memory of a step</th><th class=n>loss</th></tr>{''.join(cells)}</table></div></section>"

@@ -117,7 +117,7 @@ def run_demo(
         )
     loaded, prepared = load_run(out / "run"), open_data(out / "run" / "data")
     texts = _write_samples(loaded, size, reporter)
-    peers = _compare_speed(loaded, prepared.train, size, reporter)
+    peers = _compare_speed(loaded, prepared.train, size, record.dtype, reporter)
     compressors = _compress(record, prepared, reporter)
     log = RunLog(out / "run").read()
     result = DemoResult(
@@ -193,7 +193,9 @@ def _write_samples(loaded: LoadedModel, size: DemoSize, reporter: Reporter) -> l
     ]
 
 
-def _compare_speed(loaded: LoadedModel, store: TokenStore, size: DemoSize, reporter: Reporter) -> list[Peer]:
+def _compare_speed(
+    loaded: LoadedModel, store: TokenStore, size: DemoSize, dtype: str, reporter: Reporter
+) -> list[Peer]:
     rows, length = size.batch
     tokens: list[np.ndarray[Any, Any]] = []
     for document in range(store.num_documents):
@@ -203,7 +205,7 @@ def _compare_speed(loaded: LoadedModel, store: TokenStore, size: DemoSize, repor
     stream = np.resize(np.concatenate(tokens), rows * length)  # repeats a text that is shorter than the batch
     input_ids = torch.from_numpy(stream.reshape(rows, length))
     return measure_peers(
-        loaded.model, input_ids, rounds=size.rounds, budget=size.budget, report=reporter.stage
+        loaded.model, input_ids, dtype=dtype, rounds=size.rounds, budget=size.budget, report=reporter.stage
     )
 
 
