@@ -73,6 +73,7 @@ def train(config: TrainConfig, out: Path, *, reporter: Reporter | None = None) -
         RunError: the run cannot go on: disk full, loss not finite. The newest whole checkpoint stays.
     """
     model_config(config, 2**20)  # an unknown preset is told before any work
+    config = config.model_copy(update={"lr": config.peak_lr})  # the record says what was used
     dtype = resolve_dtype(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
