@@ -6,9 +6,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "core/integers.h"
 #include "core/scratch.h"
 
 namespace fastlm {
@@ -44,6 +47,27 @@ void parallel_for_dynamic(const char* op, int64_t items, int64_t grain, const F&
   std::atomic<int64_t> next{0};
   parallel_for(op, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next.fetch_add(grain); i < items; i = next.fetch_add(grain)) f(i, std::min(i + grain, items));
+  });
+}
+
+// One of several loops that need nothing of each other.
+struct Loop {
+  int64_t items, work;  // work of one item, in any unit
+  std::function<void(int64_t begin, int64_t end)> run;
+};
+
+// All of them in one parallel region: to begin one costs several microseconds. `grain`: work worth another thread.
+inline void parallel_loops(const char* op, const std::vector<Loop>& loops, int64_t grain) {
+  int64_t total = 0;
+  for (const Loop& loop : loops) total += loop.items * loop.work;
+  parallel_for(op, total, grain, [&](int64_t begin, int64_t end) {
+    int64_t before = 0;
+    for (const Loop& loop : loops) {
+      const int64_t here = loop.items * loop.work;
+      const auto item_at = [&](int64_t work) { return ceil_div(std::clamp<int64_t>(work - before, 0, here), loop.work); };
+      if (item_at(begin) < item_at(end)) loop.run(item_at(begin), item_at(end));
+      before += here;
+    }
   });
 }
 

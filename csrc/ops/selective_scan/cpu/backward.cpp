@@ -102,9 +102,13 @@ template <class A>
 void gather_states(const void* data, DType dtype, int64_t dim_stride, int64_t state_stride, const Plan& plan, int64_t state,
                    int64_t offset, int64_t count, A* to) {
   constexpr int64_t kLanes = lanes_of<A>;
+  if (data == nullptr) {
+    for (int64_t i = 0; i < ceil_div(count, kLanes) * kLanes * plan.padded_state; ++i) to[i] = A(0);
+    return;
+  }
   for (int64_t c = 0; c < ceil_div(count, kLanes) * kLanes; ++c) {
     for (int64_t n = 0; n < plan.padded_state; ++n) {
-      const bool real = c < count && n < state && data != nullptr;
+      const bool real = c < count && n < state;
       to[(c / kLanes * plan.padded_state + n) * kLanes + c % kLanes] =
           real ? load_param<A>(data, dtype, offset + c * dim_stride + n * state_stride) : A(0);
     }

@@ -18,16 +18,21 @@ using selective_scan::Sequence;
 
 // ---- parameters, once per call ------------------------------------------------------------------------------------
 
+// A (D, N) parameter of kChannelAlign channels, times a factor.
 template <class A>
-void prepare_matrix(const void* data, DType dtype, int64_t dim_stride, int64_t state_stride, const Plan& plan, int64_t state,
-                    int64_t dim, int64_t count, A factor, A* to) {
+void prepare_matrix(const Parameter& x, const Plan& plan, int64_t state, int64_t dim, int64_t count, A factor, A* to) {
   constexpr int64_t kLanes = lanes_of<A>;
+  const bool plain = x.dtype == DTypeOf<A>::value && x.state_stride == 1;  // no look at the dtype per element
   for (int64_t c = 0; c < kChannelAlign; ++c) {
     A* lane = to + c / kLanes * plan.padded_state * kLanes + c % kLanes;
-    for (int64_t n = 0; n < plan.padded_state; ++n) {
-      const bool real = c < count && n < state;
-      lane[n * kLanes] = real ? factor * load_param<A>(data, dtype, (dim + c) * dim_stride + n * state_stride) : A(0);
+    const int64_t real = c < count ? state : 0;
+    const int64_t row = (dim + c) * x.dim_stride;
+    if (plain) {
+      for (int64_t n = 0; n < real; ++n) lane[n * kLanes] = factor * static_cast<const A*>(x.data)[row + n];
+    } else {
+      for (int64_t n = 0; n < real; ++n) lane[n * kLanes] = factor * load_param<A>(x.data, x.dtype, row + n * x.state_stride);
     }
+    for (int64_t n = real; n < plan.padded_state; ++n) lane[n * kLanes] = A(0);
   }
 }
 
@@ -42,16 +47,11 @@ void prepare(const Params& p, const Plan& plan, const ChannelArrays& arrays, voi
     const int64_t dim = c0 / plan.padded_dim * plan.group_dim + first;
     const int64_t count = min_of(kChannelAlign, plan.group_dim - first);
     A* decay = base + arrays.decay + c0 * plan.padded_state;
-    prepare_matrix<A>(p.A.data, p.A.dtype, p.A.dim_stride, p.A.state_stride, plan, p.state, dim, count, A(1.4426950408889634),
-                      decay);
-    if (p.B.constant) {
-      prepare_matrix<A>(p.B.data, p.B.dtype, p.B.dim_stride, p.B.state_stride, plan, p.state, dim, count, A(1),
-                        base + arrays.b + c0 * plan.padded_state);
-    }
-    if (p.C.constant) {
-      prepare_matrix<A>(p.C.data, p.C.dtype, p.C.dim_stride, p.C.state_stride, plan, p.state, dim, count, A(1),
-                        base + arrays.c + c0 * plan.padded_state);
-    }
+    const auto constant = [](const Projection& x) { return Parameter{x.data, x.dtype, x.dim_stride, x.state_stride}; };
+    const int64_t pair = c0 * plan.padded_state;
+    prepare_matrix<A>(p.A, plan, p.state, dim, count, A(1.4426950408889634), decay);
+    if (p.B.constant) prepare_matrix<A>(constant(p.B), plan, p.state, dim, count, A(1), base + arrays.b + pair);
+    if (p.C.constant) prepare_matrix<A>(constant(p.C), plan, p.state, dim, count, A(1), base + arrays.c + pair);
     for (int64_t c = 0; c < kChannelAlign; ++c) {
       const bool real = c < count;
       A largest = A(0);
