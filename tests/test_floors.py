@@ -32,7 +32,7 @@ FLOORS = {
     "fastlm.models": (4, (2, 3)),
     "fastlm.methods": (4, (2, 3)),
     "fastlm.training": (5, (2, 3, 4)),
-    "fastlm.compat": (6, (0, 2, 3, 4)),  # 0: the `_ref` twins other projects' tests ask for are the definitions
+    "fastlm.compat": (6, (0, 2, 3, 4)),  # 0: other projects' `_ref` functions are the definitions
     "fastlm.apps": (6, (2, 3, 4)),
     # The demo and the doctor look at everything, the definitions included: they compare.
     "fastlm.demo": (6, (0, 2, 3, 4, 5)),
