@@ -91,10 +91,17 @@ def causal_conv1d_ref(
     final_states_out: Tensor | None = None,
     activation: Activation = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fastlm.reference.causal_conv1d`; as in the original there is no `seq_idx` here."""
-    return reference.causal_conv1d(
-        x, weight, bias, None, initial_states, return_final_states, final_states_out, activation
-    )
+    """`fastlm.reference.causal_conv1d`, computed and differentiated in float32 (float64 for float64).
+
+    As in the original there is no `seq_idx` here, and gradients are rounded to the dtype of `x` once.
+    """
+    acc = torch.promote_types(x.dtype, torch.float32)
+    initial = None if initial_states is None else initial_states.to(acc)
+    result = reference.causal_conv1d(x.to(acc), weight, bias, None, initial, True, None, activation)
+    out, final_states = (t.to(x.dtype) for t in result)
+    if final_states_out is not None:
+        final_states_out.copy_(final_states)
+    return (out, final_states) if return_final_states else out
 
 
 def causal_conv1d_update_ref(
