@@ -53,6 +53,15 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "Tensor cache_seqlens, *, int[2] window_size, float? softmax_scale=None, Tensor? rotary_cos=None, "
       "Tensor? rotary_sin=None) -> Tensor");
 
+  // ---- scan_swa -----------------------------------------------------------------------------------------------------
+  // selective_scan and sliding_window_attention side by side, in one parallel region; each as its own operator.
+  m.def(
+      "scan_swa(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "bool delta_softplus, Tensor? initial_state, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens=None, "
+      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, *, int[2] window_size, bool causal=True, "
+      "float? softmax_scale=None, float softcap=0.0, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> "
+      "(Tensor scan_out, Tensor last_state, Tensor chunk_states, Tensor attn_out, Tensor lse)");
+
   // ---- slm_loss -----------------------------------------------------------------------------------------------------
   // Per-token negative log-likelihood, log-sum-exp and entropy of a linear head; ignored tokens have 0. No (T, V) buffer.
   m.def(

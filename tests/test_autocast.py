@@ -22,6 +22,7 @@ CAST = {
     "selective_state_update": ("x", "dt", "B", "C", "z"),
     "sliding_window_attention": ("q", "k", "v"),
     "sliding_window_attention_update": ("q", "k", "v"),
+    "scan_swa": ("u", "delta", "B", "C", "z", "q", "k", "v"),
     "linear_nll": ("hidden", "weight"),
 }
 TAKES_THE_DTYPE_OF = {"causal_conv1d_update": "conv_state", "sliding_window_attention_update": "k_cache"}
@@ -46,7 +47,7 @@ def _cast_by_hand(op: str, arguments: dict[str, Any], dtype: torch.dtype) -> dic
     def cast(name: str, a: Any) -> Any:
         if name not in CAST[op] or not isinstance(a, Tensor) or a.dtype == torch.float64:
             return a
-        constant = op == "selective_scan" and a.dim() == 2
+        constant = op in ("selective_scan", "scan_swa") and a.dim() == 2
         return a if constant else a.to(dtype)
 
     return {name: cast(name, a) for name, a in arguments.items()}

@@ -27,6 +27,7 @@ GROWING = {
         "rotary",
         {"q": 0, "k": 0, "v": 0, "k_cache": 0, "v_cache": 0, "cache_seqlens": 0},
     ),
+    "scan_swa": ("hybrid", {"u": 2, "delta": 2, "B": 2, "C": 2, "z": 2}),
     "linear_nll": ("entropy", {"hidden": 0, "labels": 0}),
 }
 
@@ -77,7 +78,7 @@ def test_export_of_a_dynamic_size(op):
     name, growing = GROWING[op]
     (sample,) = [s for s in samples.of(op, name) if s.name == name]
     # The scan keeps a state every 64 positions, and torch has a guard on whether a size is 0, 1 or more.
-    least, times = (128, 10) if op == "selective_scan" else (2, 1)
+    least, times = (128, 10) if op in ("selective_scan", "scan_swa") else (2, 1)
     example, module = _grown(sample, growing, times), Calls(op, _build(sample)[1])
     size = torch.export.Dim("size", min=least)
     dynamic = {name: {growing[name]: size} if name in growing else None for name in example}

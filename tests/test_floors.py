@@ -159,6 +159,8 @@ _INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 # CPU level files are compiled once per level: an inline function of the standard library compiled with
 # AVX-512 could become everybody's copy. These headers have none.
 _PLAIN_HEADERS = {"cstdint", "cstddef", "immintrin.h"}
+# Operators that run the pieces of others among their own.
+_FUSES = {"scan_swa": ("selective_scan", "sliding_window_attention")}
 _STABLE = ("torch/csrc/stable/", "torch/headeronly/")
 
 
@@ -192,7 +194,11 @@ def _ours(path: str, name: str) -> str | None:
     if target > floor:
         return f"floor {floor} must not use floor {target}"
     op, other = (re.match(r"ops/(\w+)/", p) for p in (path, name))
-    if other and floor <= 2 and (op is None or op.group(1) != other.group(1)):
+    if (
+        other
+        and floor <= 2
+        and (op is None or other.group(1) not in {op.group(1), *_FUSES.get(op.group(1), ())})
+    ):
         return "an operator's folder is its own; shared code moves down to core/"
     if path == "schema.cpp" or (path == "module.cpp" and name.startswith(("adapter/", "ops/"))):
         return "schema.cpp and module.cpp stand beside the adapters"

@@ -24,10 +24,10 @@ def cases() -> list[Case]:
     found = []
     for dtype in ("fp32", "bf16"):
         found += [
-            _sequence(dtype, 1, 512, 256, quick=True),
-            _sequence(dtype, 2, 512, 512),
-            _sequence(dtype, 1, 2048, 512),
-            _sequence(dtype, 1, 4096, 2048),
+            sequence(dtype, 1, 512, 256, quick=True),
+            sequence(dtype, 2, 512, 512),
+            sequence(dtype, 1, 2048, 512),
+            sequence(dtype, 1, 4096, 2048),
             _decode(dtype, 1, 4608, quick=True),
             _decode(dtype, 64, 4608),
             _conv_and_state(dtype, 1, 4608, quick=True),
@@ -35,7 +35,7 @@ def cases() -> list[Case]:
     return found
 
 
-def _sequence(dtype: str, B: int, D: int, L: int, *, quick: bool = False) -> Case:
+def sequence(dtype: str, B: int, D: int, L: int, *, quick: bool = False) -> Case:
     def inputs() -> Inputs:
         """Channel-last activations, step sizes between 1e-3 and 1e-1, A as Mamba starts it."""
         cast = DTYPES[dtype]

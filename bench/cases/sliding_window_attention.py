@@ -34,16 +34,16 @@ def cases() -> list[Case]:
     found = []
     for dtype in ("fp32", "bf16"):
         found += [
-            _sequence(dtype, 2, 4, 2, 512, 64, 128, quick=True),
-            _sequence(dtype, 1, 4, 4, 4096, 128, 512),
-            _sequence(dtype, 1, 4, 4, 4096, 128, 2048),
+            sequence(dtype, 2, 4, 2, 512, 64, 128, quick=True),
+            sequence(dtype, 1, 4, 4, 4096, 128, 512),
+            sequence(dtype, 1, 4, 4, 4096, 128, 2048),
             _decode(dtype, 1, 4, 2, 64, 128, quick=True),
             _decode(dtype, 1, 18, 18, 128, 2048),
         ]
     return found
 
 
-def _sequence(
+def sequence(
     dtype: str, B: int, H: int, Hkv: int, L: int, K: int, window: int, *, quick: bool = False
 ) -> Case:
     def inputs() -> Inputs:

@@ -1,169 +1,28 @@
-// selective_scan on CPU: checks -> parameters -> kernels of the CPU level in use.
+// selective_scan on CPU: the operators. How a call is set up stands in call.cpp.
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "adapter/parallel.h"
 #include "adapter/tensor.h"
+#include "ops/selective_scan/call.h"
 #include "ops/selective_scan/checks.h"
 #include "ops/selective_scan/cpu/kernels.h"
 
 namespace fastlm::selective_scan {
 namespace {
 
-// Pieces of work to cut a call into. More would share out better, but narrower blocks of channels visit every page of every tensor
-// more often: 64 pieces instead of 16 cost a sixth of the time at D = 2048, most of it in page walks.
-constexpr int64_t kWantedItems = 16;
-constexpr int64_t kMaxBlock = 128;
-
-constexpr int64_t kGrain = 16384;  // state-steps worth another thread
-
-int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_item)); }
-
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-Activation activation(const Tensor& t) {
-  if (t.dim() == 2) return {t.data_ptr(), t.stride(0), t.stride(1), 0};
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-Parameter parameter(const OptionalTensor& t) {
-  if (!t.has_value()) return {nullptr, DType::kFloat32, 0, 0};
-  return {t->data_ptr(), param_dtype(*t), t->stride(0), t->dim() == 2 ? t->stride(1) : 0};
-}
-
-// B or C, and their gradients, of selective_scan.
-Projection projection(const Tensor& t) {
-  Projection x{};
-  x.data = t.data_ptr();
-  x.dtype = param_dtype(t);
-  x.constant = t.dim() == 2;
-  x.groups = t.dim() == 4 ? t.size(1) : 1;
-  if (x.constant) {
-    x.dim_stride = t.stride(0);
-    x.state_stride = t.stride(1);
-  } else {
-    const bool grouped = t.dim() == 4;
-    x.batch_stride = t.stride(0);
-    x.group_stride = grouped ? t.stride(1) : 0;
-    x.state_stride = t.stride(grouped ? 2 : 1);
-    x.seq_stride = t.stride(grouped ? 3 : 2);
-  }
-  return x;
-}
-
-Plan make_plan(const Params& p) {
-  Plan plan;
-  plan.group_dim = p.dim / p.groups;
-  plan.padded_dim = round_up(plan.group_dim, kChannelAlign);
-  plan.padded_state = round_up(p.state, kStateGroup);
-  const int64_t even = ceil_div(p.num_sequences * p.dim, kWantedItems);
-  plan.block = std::clamp<int64_t>(round_up(even, kChannelAlign), kChannelAlign, std::min(kMaxBlock, plan.padded_dim));
-  plan.blocks_per_group = ceil_div(plan.group_dim, plan.block);
-  plan.num_blocks = plan.blocks_per_group * p.groups;
-  return plan;
-}
-
-ChannelArrays make_arrays(const Params& p, const Plan& plan) {
-  const int64_t channels = p.groups * plan.padded_dim;
-  const int64_t pairs = channels * plan.padded_state;
-  ChannelArrays arrays{};
-  const auto take = [&](int64_t count) {
-    const int64_t at = arrays.total;
-    arrays.total += count;
-    return at;
-  };
-  arrays.decay = take(pairs);
-  arrays.b = p.B.constant ? take(pairs) : 0;
-  arrays.c = p.C.constant ? take(pairs) : 0;
-  arrays.bound = take(channels);
-  arrays.bias = take(channels);
-  arrays.skip = take(channels);
-  return arrays;
-}
-
-// What forward and backward share: the tensors as the kernels read them. Those that have unit stride neither over D nor over L
-// are copied once, and the copies are kept here.
-struct Call {
-  Tensor u, delta;
-  OptionalTensor z;
-  std::vector<Sequence> sequences;
-
-  Call(const char* op, const Tensor& u_in, const Tensor& delta_in, const OptionalTensor& z_in, const OptionalTensor& cu_seqlens)
-      : u(unit_stride(u_in)), delta(unit_stride(delta_in)), sequences(make_sequences(op, u_in, cu_seqlens)) {
-    if (z_in.has_value()) z = unit_stride(*z_in);
-  }
-
-  void fill(Params& p, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
-            const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state,
-            const Tensor& chunk_states) const {
-    p.batch = u.size(0);
-    p.dim = u.size(1);
-    p.seqlen = u.size(2);
-    p.state = A.size(1);
-    p.delta_softplus = delta_softplus;
-    p.u = activation(u);
-    p.delta = activation(delta);
-    if (z.has_value()) p.z = activation(*z);
-    p.A = parameter(A);
-    p.D = parameter(D);
-    p.delta_bias = parameter(delta_bias);
-    p.B = projection(B);
-    p.C = projection(C);
-    p.groups = std::lcm(p.B.groups, p.C.groups);
-    if (initial_state.has_value()) {
-      p.initial_state = initial_state->data_ptr();
-      p.initial_dtype = param_dtype(*initial_state);
-      p.initial_batch_stride = initial_state->stride(0);
-      p.initial_dim_stride = initial_state->stride(1);
-      p.initial_state_stride = initial_state->stride(2);
-    }
-    p.chunk_states = chunk_states.data_ptr();
-    p.sequences = sequences.data();
-    p.num_sequences = static_cast<int64_t>(sequences.size());
-  }
-};
-
-Tensor prepare(const char* op, const Params& p, const Plan& plan, const ChannelArrays& arrays, const Tensor& u) {
-  const Tensor prepared = empty({arrays.total}, accumulation_type(u), u);
-  const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_forward);
-  parallel_for(op, p.groups * plan.padded_dim / kChannelAlign, grain(4 * kChannelAlign * plan.padded_state),
-               [&](int64_t begin, int64_t end) {
-                 kernels.prepare[kernel_index(u.scalar_type())](p, plan, arrays, prepared.data_ptr(), begin, end);
-               });
-  return prepared;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
                                                    OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus,
                                                    OptionalTensor initial_state, OptionalTensor cu_seqlens,
                                                    bool return_all_states) {
   constexpr const char* op = "selective_scan";
-  check_forward(op, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens);
-  const Call call(op, u, delta, z, cu_seqlens);
-  const ScalarType acc = accumulation_type(u);
-  const int64_t batch = u.size(0), dim = u.size(1), length = u.size(2), state = A.size(1);
-  const Tensor out = empty_like_layout(u, u.scalar_type());
-  const Tensor last_state = empty({num_states(u, cu_seqlens), dim, state}, acc, u);
-  const Tensor chunk_states = empty({batch, length / kChunk, state, dim}, acc, u);
-  const Tensor all_states = return_all_states ? empty({batch, length, dim, state}, acc, u) : no_tensor(acc, u);
-
-  ForwardParams p{};
-  call.fill(p, A, B, C, D, delta_bias, delta_softplus, initial_state, chunk_states);
-  if (p.dim == 0 || p.num_sequences == 0) return {out, last_state, chunk_states, all_states};
-  p.out = activation(out);
-  p.last_state = last_state.data_ptr();
-  p.all_states = return_all_states ? all_states.data_ptr() : nullptr;
-
-  const Plan plan = make_plan(p);
-  const ChannelArrays arrays = make_arrays(p, plan);
-  const Tensor prepared = prepare(op, p, plan, arrays, u);
-  const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_forward);
-  parallel_for(op, p.num_sequences * plan.num_blocks, grain(batch * length / p.num_sequences * plan.block * plan.padded_state),
-               [&](int64_t begin, int64_t end) {
-                 kernels.forward[kernel_index(u.scalar_type())](p, plan, arrays, prepared.data_ptr(), begin, end);
-               });
-  return {out, last_state, chunk_states, all_states};
+  const Forward pass(op, {u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens}, return_all_states);
+  parallel_for(op, pass.prepare_pieces(), grain(pass.prepare_work()),
+               [&](int64_t begin, int64_t end) { pass.prepare(begin, end); });
+  if (pass.scan_pieces() > 0) {
+    parallel_for(op, pass.scan_pieces(), grain(pass.scan_work()), [&](int64_t begin, int64_t end) { pass.scan(begin, end); });
+  }
+  return {pass.out, pass.last_state, pass.chunk_states, pass.all_states};
 }
 
 // Where slices of sequences begin: as many slices as give kWantedItems pieces of work, about equally long.
@@ -201,7 +60,7 @@ Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor del
   constexpr const char* op = "selective_scan_backward";
   check_forward(op, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens);
   check_backward(dout, dlast_state, u, A, chunk_states, cu_seqlens);
-  const Call call(op, u, delta, z, cu_seqlens);
+  const Call call(op, {u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens});
   const ScalarType dtype = u.scalar_type();
   const ScalarType acc = accumulation_type(u);
   const int64_t batch = u.size(0), dim = u.size(1), length = u.size(2), state = A.size(1);
@@ -222,7 +81,7 @@ Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor del
   if (C.dim() == 2) dC_constant = zeros({dim, state}, acc, u);
 
   BackwardParams p{};
-  call.fill(p, A, B, C, D, delta_bias, delta_softplus, initial_state, states);
+  call.fill(p, states);
   p.dout = activation(grad);
   p.dlast_state = dlast_state.has_value() ? dlast.data_ptr() : nullptr;
   p.du = activation(du);
@@ -233,7 +92,10 @@ Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor del
   if (p.dim > 0 && p.num_sequences > 0) {
     const Plan plan = make_plan(p);
     const ChannelArrays arrays = make_arrays(p, plan);
-    const Tensor prepared = prepare(op, p, plan, arrays, u);
+    const Tensor prepared = empty({arrays.total}, acc, u);
+    const auto prepare = FASTLM_CPU_KERNELS(selective_scan_forward).prepare[k];
+    parallel_for(op, p.groups * plan.padded_dim / kChannelAlign, grain(4 * kChannelAlign * plan.padded_state),
+                 [&](int64_t begin, int64_t end) { prepare(p, plan, arrays, prepared.data_ptr(), begin, end); });
     const std::vector<int64_t> slices = make_slices(call.sequences, plan.num_blocks, batch * length);
     const auto num_slices = static_cast<int64_t>(slices.size()) - 1;
     const Tensor position_partial = empty({plan.num_blocks, 2, batch * length, plan.padded_state}, acc, u);

@@ -11,10 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlm._registration import causal_conv1d, selective_scan, sliding_window_attention, slm_loss
+from fastlm._registration import (
+    causal_conv1d,
+    scan_swa,
+    selective_scan,
+    sliding_window_attention,
+    slm_loss,
+)
 from fastlm._registration.autocast import Cast
 
-FAMILIES = (causal_conv1d, selective_scan, sliding_window_attention, slm_loss)
+FAMILIES = (causal_conv1d, selective_scan, sliding_window_attention, scan_swa, slm_loss)
 
 # Keeps the registrations below alive.
 _LIBRARY = torch.library.Library("fastlm", "IMPL")

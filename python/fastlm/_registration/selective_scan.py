@@ -81,7 +81,7 @@ def _acc(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _check_forward(
+def check_forward(
     op: str,
     u: Tensor,
     delta: Tensor,
@@ -132,14 +132,21 @@ def _fake_forward(
     *,
     return_all_states: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_forward("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    check_forward("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    return empty_outputs(u, A, cu_seqlens, all_states=return_all_states)
+
+
+def empty_outputs(
+    u: Tensor, A: Tensor, cu_seqlens: Tensor | None, *, all_states: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, last_state, chunk_states and all_states of a forward pass."""
     batch, dim, length = u.shape
     state, acc = A.shape[1], _acc(u)
     return (
         empty_like_layout(u),
         u.new_empty((_num_states(u, cu_seqlens), dim, state), dtype=acc),
         u.new_empty((batch, length // _CHUNK, state, dim), dtype=acc),
-        u.new_empty((batch, length, dim, state), dtype=acc) if return_all_states else no_tensor(u, acc),
+        u.new_empty((batch, length, dim, state), dtype=acc) if all_states else no_tensor(u, acc),
     )
 
 
@@ -172,7 +179,7 @@ def _fake_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
     op = "selective_scan_backward"
-    _check_forward(op, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    check_forward(op, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     _check_like(op, "dout", dout, "u", u)
     acc = _acc(u)
     batch, dim, length = u.shape
@@ -281,9 +288,16 @@ def _setup_context(
 def _backward(
     ctx: Any, dout: Tensor | None, dlast_state: Tensor | None, _chunk_states: None, _all_states: None
 ) -> tuple[Tensor | None, ...]:
-    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states = ctx.saved_tensors
+    return *gradients(ctx.saved_tensors, ctx.delta_softplus, dout, dlast_state), None
+
+
+def gradients(
+    saved: tuple[Any, ...], delta_softplus: bool, dout: Tensor | None, dlast_state: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """One per argument from `u` to `initial_state`, from what the forward pass saved."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, chunk_states = saved
     if dout is None and dlast_state is None:
-        return (None,) * 11
+        return (None,) * 10
     if dout is None:
         dout = torch.zeros_like(u)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = _ops.selective_scan_backward(
@@ -297,7 +311,7 @@ def _backward(
         D,
         z,
         delta_bias,
-        ctx.delta_softplus,
+        delta_softplus,
         chunk_states,
         initial_state,
         cu_seqlens,
@@ -313,7 +327,6 @@ def _backward(
         None if delta_bias is None else ddelta_bias,
         None,
         None if initial_state is None else dinitial_state,
-        None,
     )
 
 

@@ -59,7 +59,7 @@ def _check_like(op: str, name: str, t: Tensor, q: Tensor) -> None:
     checks.same_device(op, name, t, "q", q)
 
 
-def _check_forward(
+def check_forward(
     op: str,
     q: Tensor,
     k: Tensor,
@@ -133,7 +133,12 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     op = "sliding_window_attention"
     bounds = (cu_seqlens_q, cu_seqlens_k)
-    _check_forward(op, q, k, v, *bounds, window_size, softmax_scale, softcap, max_seqlen_q, max_seqlen_k)
+    check_forward(op, q, k, v, *bounds, window_size, softmax_scale, softcap, max_seqlen_q, max_seqlen_k)
+    return empty_outputs(q)
+
+
+def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse of a forward pass."""
     return q.new_empty(q.shape), _empty_lse(q)
 
 
@@ -157,7 +162,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "sliding_window_attention_backward"
     bounds = (cu_seqlens_q, cu_seqlens_k)
-    _check_forward(op, q, k, v, *bounds, window_size, softmax_scale, softcap, max_seqlen_q, max_seqlen_k)
+    check_forward(op, q, k, v, *bounds, window_size, softmax_scale, softcap, max_seqlen_q, max_seqlen_k)
     for name, t in (("dout", dout), ("out", out)):
         checks.shape(op, name, t, q.shape)
         _check_like(op, name, t, q)
@@ -260,20 +265,32 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
     ctx.save_for_backward(*inputs, *output)
-    ctx.options = {name: keyword_only_inputs.get(name, default) for name, default in _OPTIONS.items()}
+    ctx.options = options_of(keyword_only_inputs)
     ctx.set_materialize_grads(False)
 
 
+def options_of(keyword_only_inputs: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call, defaults filled in."""
+    return {name: keyword_only_inputs.get(name, default) for name, default in _OPTIONS.items()}
+
+
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
+    return *gradients(ctx.saved_tensors, ctx.options, dout, dlse), None, None
+
+
+def gradients(
+    saved: tuple[Any, ...], options: dict[str, Any], dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Of q, k and v, from what the forward pass saved."""
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = saved
     if dout is None and dlse is None:
-        return (None,) * 5
+        return (None,) * 3
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv = _ops.sliding_window_attention_backward(
-        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **ctx.options
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, **options
     )
-    return dq, dk, dv, None, None
+    return dq, dk, dv
 
 
 FAKES = {

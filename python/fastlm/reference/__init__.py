@@ -6,6 +6,7 @@ autograd. Nothing here is ever used as a silent fallback: models and layers call
 """
 
 from fastlm.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from fastlm.reference.scan_swa import scan_swa
 from fastlm.reference.selective_scan import selective_scan, selective_state_update
 from fastlm.reference.sliding_window_attention import (
     sliding_window_attention,
@@ -18,6 +19,7 @@ __all__ = [
     "causal_conv1d_update",
     "linear_cross_entropy",
     "linear_nll",
+    "scan_swa",
     "selective_scan",
     "selective_state_update",
     "sliding_window_attention",

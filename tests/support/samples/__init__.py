@@ -8,13 +8,20 @@ lists the recipes.
 
 from __future__ import annotations
 
-from tests.support.samples import causal_conv1d, selective_scan, sliding_window_attention, slm_loss
+from tests.support.samples import (
+    causal_conv1d,
+    scan_swa,
+    selective_scan,
+    sliding_window_attention,
+    slm_loss,
+)
 from tests.support.samples.sample import Call, Recipe, Sample
 
 FAMILIES = {
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
     "sliding_window_attention": sliding_window_attention,
+    "scan_swa": scan_swa,
     "slm_loss": slm_loss,
 }
 

@@ -39,10 +39,10 @@ struct BackwardWork {
 };
 
 // Items: kChannelAlign padded channels each.
-using Prepare = void (*)(const Params&, const Plan&, const ChannelArrays&, void* prepared, int64_t begin, int64_t end);
+using PrepareKernel = void (*)(const Params&, const Plan&, const ChannelArrays&, void* prepared, int64_t begin, int64_t end);
 // Items: (sequence, block) pairs.
-using Forward = void (*)(const ForwardParams&, const Plan&, const ChannelArrays&, const void* prepared, int64_t begin,
-                         int64_t end);
+using ForwardKernel = void (*)(const ForwardParams&, const Plan&, const ChannelArrays&, const void* prepared, int64_t begin,
+                               int64_t end);
 // Items: (slice, block) pairs.
 using Backward = void (*)(const BackwardParams&, const Plan&, const ChannelArrays&, const void* prepared, const BackwardWork&,
                           int64_t begin, int64_t end);
@@ -57,8 +57,8 @@ using Update = void (*)(const UpdateParams&, int64_t begin, int64_t end);  // it
 constexpr int64_t kUpdateBlock = 64;
 
 struct ForwardKernels {
-  Prepare prepare[4];
-  Forward forward[4];
+  PrepareKernel prepare[4];
+  ForwardKernel forward[4];
 };
 
 struct BackwardKernels {

@@ -17,10 +17,10 @@ struct QueryBlock {
 static constexpr int64_t query_block_rows(int64_t head_dim) { return max_of(24, min_of(192, 24576 / head_dim / 24 * 24)); }
 
 // Items: blocks.
-using Forward = void (*)(const Params&, const QueryBlock* blocks, int64_t begin, int64_t end);
+using ForwardKernel = void (*)(const Params&, const QueryBlock* blocks, int64_t begin, int64_t end);
 
 struct ForwardKernels {
-  Forward forward[4];
+  ForwardKernel forward[4];
 };
 
 // ---- backward -----------------------------------------------------------------------------------------------------
