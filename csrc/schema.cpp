@@ -62,6 +62,17 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "float? softmax_scale=None, float softcap=0.0, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> "
       "(Tensor scan_out, Tensor last_state, Tensor chunk_states, Tensor attn_out, Tensor lse)");
 
+  // ---- samba_decode_step --------------------------------------------------------------------------------------------
+  // One token per row through a Mamba block and a sliding-window block, norms and feed-forward layers included; states and
+  // key/value rings are written in place. Returns the residual stream.
+  m.def(
+      "samba_decode_step(Tensor hidden, Tensor mamba_norm, Tensor in_proj, Tensor conv_weight, Tensor? conv_bias, "
+      "Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_proj, Tensor mamba_mlp_norm, "
+      "Tensor mamba_w1, Tensor mamba_w2, Tensor mamba_w3, Tensor(a!) conv_state, Tensor(b!) scan_state, Tensor attn_norm, "
+      "Tensor q_proj, Tensor k_proj, Tensor v_proj, Tensor o_proj, Tensor attn_mlp_norm, Tensor attn_w1, Tensor attn_w2, "
+      "Tensor attn_w3, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor cache_seqlens, *, int[2] window_size, float eps=1e-5, "
+      "float? softmax_scale=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None) -> Tensor");
+
   // ---- slm_loss -----------------------------------------------------------------------------------------------------
   // Per-token negative log-likelihood, log-sum-exp and entropy of a linear head; ignored tokens have 0. No (T, V) buffer.
   m.def(

@@ -22,11 +22,12 @@ CAST = {
     "selective_state_update": ("x", "dt", "B", "C", "z"),
     "sliding_window_attention": ("q", "k", "v"),
     "sliding_window_attention_update": ("q", "k", "v"),
+    "samba_decode_step": (),
     "scan_swa": ("u", "delta", "B", "C", "z", "q", "k", "v"),
     "linear_nll": ("hidden", "weight"),
 }
 TAKES_THE_DTYPE_OF = {"causal_conv1d_update": "conv_state", "sliding_window_attention_update": "k_cache"}
-WRITES = [op for op in CAST if op.endswith("_update")]
+WRITES = [op for op in CAST if op.endswith(("_update", "_step"))]
 
 
 def _sample(op: str, *words: str) -> Sample:
@@ -143,7 +144,7 @@ def test_a_disabled_region_casts_nothing(op):
 
 
 # What a decoding step writes into keeps its dtype and its place, whatever the activations are.
-@pytest.mark.parametrize("op", WRITES)
+@pytest.mark.parametrize("op", [op for op in WRITES if CAST[op]])
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 def test_decoding_steps_write_into_the_state_they_got(op, kept, given):

@@ -28,6 +28,10 @@ GROWING = {
         {"q": 0, "k": 0, "v": 0, "k_cache": 0, "v_cache": 0, "cache_seqlens": 0},
     ),
     "scan_swa": ("hybrid", {"u": 2, "delta": 2, "B": 2, "C": 2, "z": 2}),
+    "samba_decode_step": (
+        "model",
+        {"hidden": 0, "conv_state": 0, "scan_state": 0, "k_cache": 0, "v_cache": 0, "cache_seqlens": 0},
+    ),
     "linear_nll": ("entropy", {"hidden": 0, "labels": 0}),
 }
 

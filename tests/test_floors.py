@@ -160,7 +160,10 @@ _INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 # AVX-512 could become everybody's copy. These headers have none.
 _PLAIN_HEADERS = {"cstdint", "cstddef", "immintrin.h"}
 # Operators that run the pieces of others among their own.
-_FUSES = {"scan_swa": ("selective_scan", "sliding_window_attention")}
+_FUSES = {
+    "scan_swa": ("selective_scan", "sliding_window_attention"),
+    "samba_decode_step": ("causal_conv1d", "selective_scan", "sliding_window_attention"),
+}
 _STABLE = ("torch/csrc/stable/", "torch/headeronly/")
 
 

@@ -14,5 +14,6 @@ sliding_window_attention = _fastlm.sliding_window_attention.default
 sliding_window_attention_backward = _fastlm.sliding_window_attention_backward.default
 sliding_window_attention_update = _fastlm.sliding_window_attention_update.default
 scan_swa = _fastlm.scan_swa.default
+samba_decode_step = _fastlm.samba_decode_step.default
 linear_nll = _fastlm.linear_nll.default
 linear_nll_backward = _fastlm.linear_nll_backward.default

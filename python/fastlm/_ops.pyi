@@ -60,6 +60,43 @@ def linear_nll_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def samba_decode_step(
+    hidden: Tensor,
+    mamba_norm: Tensor,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    mamba_mlp_norm: Tensor,
+    mamba_w1: Tensor,
+    mamba_w2: Tensor,
+    mamba_w3: Tensor,
+    conv_state: Tensor,  # written in place
+    scan_state: Tensor,  # written in place
+    attn_norm: Tensor,
+    q_proj: Tensor,
+    k_proj: Tensor,
+    v_proj: Tensor,
+    o_proj: Tensor,
+    attn_mlp_norm: Tensor,
+    attn_w1: Tensor,
+    attn_w2: Tensor,
+    attn_w3: Tensor,
+    k_cache: Tensor,  # written in place
+    v_cache: Tensor,  # written in place
+    cache_seqlens: Tensor,
+    *,
+    window_size: Sequence[int],
+    eps: float = 1e-05,
+    softmax_scale: float | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+) -> Tensor: ...
 def scan_swa(
     u: Tensor,
     delta: Tensor,

@@ -72,10 +72,9 @@ void check_backward(const Tensor& dout, const OptionalTensor& dfinal_states, con
   }
 }
 
-bool check_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
+bool check_update(const char* op, const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
                   const std::optional<std::string>& activation, const OptionalTensor& cache_seqlens,
                   const OptionalTensor& conv_state_indices) {
-  constexpr const char* op = "causal_conv1d_update";
   FASTLM_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, op, ": x must have shape (B, D) or (B, D, m), got ", shape_string(x));
   check_filter(op, x, weight, bias, x.size(1));
   check_dim(op, "conv_state", conv_state, 3, "(B, D, S)");

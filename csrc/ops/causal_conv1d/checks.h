@@ -17,7 +17,7 @@ bool check_forward(const char* op, const Tensor& x, const Tensor& weight, const 
 void check_backward(const Tensor& dout, const OptionalTensor& dfinal_states, const Tensor& x, const Tensor& weight,
                     const OptionalTensor& cu_seqlens);
 
-bool check_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
+bool check_update(const char* op, const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
                   const std::optional<std::string>& activation, const OptionalTensor& cache_seqlens,
                   const OptionalTensor& conv_state_indices);
 

@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
 Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, Activation activation,
               OptionalTensor cache_seqlens, OptionalTensor conv_state_indices) {
   constexpr const char* op = "causal_conv1d_update";
-  const bool silu = check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices);
+  const bool silu = check_update(op, x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices);
   std::vector<int64_t> lengths;
   std::vector<int64_t> slots;
   if (cache_seqlens.has_value()) {

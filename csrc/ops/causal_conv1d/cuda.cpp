@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
 Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, Activation activation,
               OptionalTensor cache_seqlens, OptionalTensor conv_state_indices) {
   constexpr const char* op = "causal_conv1d_update";
-  const bool silu = check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices);
+  const bool silu = check_update(op, x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices);
   const DeviceGuard guard(x.get_device_index());
   const Tensor out = x.dim() == 2 ? empty({x.size(0), x.size(1)}, x.scalar_type(), x) : empty_like_layout(x, x.scalar_type());
   UpdateParams p{};

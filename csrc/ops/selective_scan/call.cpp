@@ -105,6 +105,36 @@ void Call::fill(Params& p, const Tensor& chunk_states) const {
   p.num_sequences = static_cast<int64_t>(sequences.size());
 }
 
+void fill_update(UpdateParams& p, const UpdateInputs& in, const Tensor& out) {
+  p.batch = in.x.size(0);
+  p.dim = in.x.size(1);
+  p.state = in.A.size(1);
+  p.dt_softplus = in.dt_softplus;
+  p.state_data = in.state.data_ptr();
+  p.state_dtype = param_dtype(in.state);
+  p.state_batch_stride = in.state.stride(0);
+  p.state_dim_stride = in.state.stride(1);
+  p.state_state_stride = in.state.stride(2);
+  p.x = activation(in.x);
+  p.dt = activation(in.dt);
+  if (in.z.has_value()) p.z = activation(*in.z);
+  p.out = activation(out);
+  p.A = parameter(in.A);
+  p.D = parameter(in.D);
+  p.dt_bias = parameter(in.dt_bias);
+  const auto matrix = [](const Tensor& t) {
+    Projection m{};
+    m.data = t.data_ptr();
+    m.groups = t.dim() == 3 ? t.size(1) : 1;
+    m.batch_stride = t.stride(0);
+    m.group_stride = t.dim() == 3 ? t.stride(1) : 0;
+    m.state_stride = t.stride(t.dim() - 1);
+    return m;
+  };
+  p.B = matrix(in.B);
+  p.C = matrix(in.C);
+}
+
 namespace {
 
 const Inputs& checked(const char* op, const Inputs& in) {

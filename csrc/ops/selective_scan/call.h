@@ -43,6 +43,14 @@ struct Call {
   void fill(Params& p, const Tensor& chunk_states) const;
 };
 
+// The arguments of a decoding step, and what the kernel reads of them.
+struct UpdateInputs {
+  Tensor state, x, dt, A, B, C;
+  OptionalTensor D, z, dt_bias;
+  bool dt_softplus;
+};
+void fill_update(UpdateParams& p, const UpdateInputs& in, const Tensor& out);
+
 // A forward pass: all pieces of `prepare` must be done before one of `scan` begins. Checks all arguments.
 class Forward {
  public:

@@ -146,39 +146,13 @@ Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor del
 Tensor update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
               OptionalTensor dt_bias, bool dt_softplus, OptionalTensor state_batch_indices) {
   constexpr const char* op = "selective_state_update";
-  check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices);
+  check_update(op, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices);
   std::vector<int64_t> slots;
   if (state_batch_indices.has_value()) slots = check_slots(state, *state_batch_indices);
   const Tensor out = empty({x.size(0), x.size(1)}, x.scalar_type(), x);
 
   UpdateParams p{};
-  p.batch = x.size(0);
-  p.dim = x.size(1);
-  p.state = A.size(1);
-  p.dt_softplus = dt_softplus;
-  p.state_data = state.data_ptr();
-  p.state_dtype = param_dtype(state);
-  p.state_batch_stride = state.stride(0);
-  p.state_dim_stride = state.stride(1);
-  p.state_state_stride = state.stride(2);
-  p.x = activation(x);
-  p.dt = activation(dt);
-  if (z.has_value()) p.z = activation(*z);
-  p.out = activation(out);
-  p.A = parameter(A);
-  p.D = parameter(D);
-  p.dt_bias = parameter(dt_bias);
-  const auto matrix = [](const Tensor& t) {
-    Projection m{};
-    m.data = t.data_ptr();
-    m.groups = t.dim() == 3 ? t.size(1) : 1;
-    m.batch_stride = t.stride(0);
-    m.group_stride = t.dim() == 3 ? t.stride(1) : 0;
-    m.state_stride = t.stride(t.dim() - 1);
-    return m;
-  };
-  p.B = matrix(B);
-  p.C = matrix(C);
+  fill_update(p, {state, x, dt, A, B, C, D, z, dt_bias, dt_softplus}, out);
   p.state_batch_indices = state_batch_indices.has_value() ? slots.data() : nullptr;
 
   const auto& kernels = FASTLM_CPU_KERNELS(selective_scan_update);

@@ -66,4 +66,70 @@ Forward::Forward(const char* op, const Inputs& inputs, const Options& options)
   kernel_ = FASTLM_CPU_KERNELS(sliding_window_attention_forward).forward[kernel_index(in_.q.scalar_type())];
 }
 
+Update::Update(const char* op, const UpdateInputs& inputs) : in_(inputs) {
+  check_update(op, in_.q, in_.k, in_.v, in_.k_cache, in_.v_cache, in_.cache_seqlens, in_.window_size, in_.softmax_scale,
+               in_.rotary_cos, in_.rotary_sin);
+  seen_ = index_values(in_.cache_seqlens);
+  check_positions(op, seen_, in_.q.size(1), in_.rotary_cos);
+  out = empty(shape_of(in_.q), in_.q.scalar_type(), in_.q);
+  if (in_.k.numel() == 0) return;
+  for (Tensor* t : {&in_.q, &in_.k, &in_.v}) *t = unit_inner_stride(*t);
+
+  p_.batch = in_.q.size(0);
+  p_.num_new = in_.q.size(1);
+  p_.num_heads = in_.q.size(2);
+  p_.num_kv_heads = in_.k.size(2);
+  p_.head_dim = in_.q.size(3);
+  p_.ring = in_.k_cache.size(1);
+  p_.left = in_.window_size[0] < 0 ? p_.ring : std::min(in_.window_size[0], p_.ring);
+  p_.softmax_scale = scale_or_default(in_.softmax_scale, p_.head_dim);
+  p_.q = rows_of<ConstHeadRows>(in_.q);
+  p_.k = rows_of<ConstHeadRows>(in_.k);
+  p_.v = rows_of<ConstHeadRows>(in_.v);
+  p_.k_cache = rows_of<MutableHeadRows>(in_.k_cache);
+  p_.v_cache = rows_of<MutableHeadRows>(in_.v_cache);
+  p_.out = rows_of<MutableHeadRows>(out);
+  p_.cache_seqlens = seen_.data();
+  if (in_.rotary_cos.has_value()) {
+    const Tensor &cos = *in_.rotary_cos, &sin = *in_.rotary_sin;
+    p_.rotary_cos = cos.data_ptr();
+    p_.rotary_sin = sin.data_ptr();
+    p_.rotary_dtype = param_dtype(cos);
+    p_.cos_row_stride = cos.stride(0);
+    p_.cos_stride = cos.stride(1);
+    p_.sin_row_stride = sin.stride(0);
+    p_.sin_stride = sin.stride(1);
+  }
+
+  rows_ = p_.num_new * (p_.num_heads / p_.num_kv_heads);
+  held_ = std::min(p_.left + p_.num_new, p_.ring);
+  w_.columns = ceil_div(p_.head_dim, kQueryAlign) * kQueryAlign;
+  w_.splits = num_splits(held_);
+  const auto take = [&](const std::vector<int64_t>& shape) {
+    memory_.push_back(empty(shape, lse_dtype(in_.q), in_.q));
+    return memory_.back().data_ptr();
+  };
+  w_.queries = take({p_.batch, p_.num_new, p_.num_heads, w_.columns});
+  w_.sums = take({p_.batch, p_.num_kv_heads, w_.splits, rows_, w_.columns});
+  w_.weights = take({p_.batch, p_.num_kv_heads, w_.splits, rows_, 2});
+  kernel_ = kernel_index(in_.q.scalar_type());
+}
+
+int64_t Update::pieces(Phase phase) const {
+  const int64_t heads = p_.batch * p_.num_kv_heads;  // 0 where there is nothing to do
+  return phase == kWrite ? p_.batch * p_.num_new : phase == kAttend ? heads * w_.splits : heads;
+}
+
+int64_t Update::work(Phase phase) const {
+  if (phase == kWrite) return (p_.num_heads + 2 * p_.num_kv_heads) * p_.head_dim;
+  if (phase == kAttend) return 2 * rows_ * std::min(held_, kSplit) * p_.head_dim;
+  return rows_ * w_.splits * p_.head_dim;
+}
+
+void Update::run(Phase phase, int64_t begin, int64_t end) const {
+  const auto& kernels = FASTLM_CPU_KERNELS(sliding_window_attention_update);
+  const UpdatePhase kernel = phase == kWrite ? kernels.write[kernel_] : phase == kAttend ? kernels.attend[kernel_] : kernels.merge[kernel_];
+  kernel(p_, w_, begin, end);
+}
+
 }  // namespace fastlm::sliding_window_attention

@@ -51,4 +51,37 @@ class Forward {
   ForwardKernel kernel_ = nullptr;
 };
 
+// The arguments of a decoding step.
+struct UpdateInputs {
+  Tensor q, k, v, k_cache, v_cache, cache_seqlens;
+  std::vector<int64_t> window_size;
+  std::optional<double> softmax_scale;
+  OptionalTensor rotary_cos, rotary_sin;
+};
+
+// A decoding step as three lists of pieces; all of one must be done before the next begins. Checks all arguments.
+class Update {
+ public:
+  enum Phase { kWrite, kAttend, kMerge };
+
+  Update(const char* op, const UpdateInputs& inputs);
+  Update(const Update&) = delete;
+  Update& operator=(const Update&) = delete;
+
+  int64_t pieces(Phase phase) const;
+  int64_t work(Phase phase) const;  // multiply-adds of a piece
+  void run(Phase phase, int64_t begin, int64_t end) const;
+
+  Tensor out;
+
+ private:
+  UpdateInputs in_;
+  std::vector<int64_t> seen_;
+  UpdateParams p_{};
+  UpdateWorkspace w_{};
+  std::vector<Tensor> memory_;
+  int64_t held_ = 0, rows_ = 0;  // keys a token sees at most; queries per key head
+  int kernel_ = 0;
+};
+
 }  // namespace fastlm::sliding_window_attention

@@ -111,10 +111,9 @@ void check_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor
   }
 }
 
-void check_update(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+void check_update(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                   const Tensor& cache_seqlens, const std::vector<int64_t>& window_size, std::optional<double> softmax_scale,
                   const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin) {
-  constexpr const char* op = "sliding_window_attention_update";
   check_floating(op, "q", q);
   check_dim(op, "q", q, 4, "(B, m, H, K)");
   check_dim(op, "k", k, 4, "(B, m, Hkv, K)");
@@ -152,8 +151,7 @@ void check_update(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   check_same_device(op, "rotary_sin", *rotary_sin, "q", q);
 }
 
-void check_positions(const std::vector<int64_t>& cache_seqlens, int64_t num_new, const OptionalTensor& rotary_cos) {
-  constexpr const char* op = "sliding_window_attention_update";
+void check_positions(const char* op, const std::vector<int64_t>& cache_seqlens, int64_t num_new, const OptionalTensor& rotary_cos) {
   constexpr int64_t kMaxPosition = int64_t{1} << 62;
   for (size_t i = 0; i < cache_seqlens.size(); ++i) {
     FASTLM_CHECK_VALUE(cache_seqlens[i] >= 0 && cache_seqlens[i] <= kMaxPosition, op,

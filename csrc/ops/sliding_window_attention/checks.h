@@ -23,12 +23,12 @@ void check_forward(const char* op, const Tensor& q, const Tensor& k, const Tenso
 
 void check_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& out, const Tensor& lse);
 
-void check_update(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+void check_update(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                   const Tensor& cache_seqlens, const std::vector<int64_t>& window_size, std::optional<double> softmax_scale,
                   const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin);
 
 // cache_seqlens and the positions they lead to.
-void check_positions(const std::vector<int64_t>& cache_seqlens, int64_t num_new, const OptionalTensor& rotary_cos);
+void check_positions(const char* op, const std::vector<int64_t>& cache_seqlens, int64_t num_new, const OptionalTensor& rotary_cos);
 
 // Rows of the batch, or packed sequences (bounds on the CPU); checks the values of cu_seqlens and max_seqlen.
 std::vector<Sequence> make_sequences(const char* op, const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,

@@ -111,66 +111,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
 Tensor update(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Window window_size,
               OptionalFloat softmax_scale, OptionalTensor rotary_cos, OptionalTensor rotary_sin) {
   constexpr const char* op = "sliding_window_attention_update";
-  check_update(q, k, v, k_cache, v_cache, cache_seqlens, window_size, softmax_scale, rotary_cos, rotary_sin);
-  const std::vector<int64_t> seen = index_values(cache_seqlens);
-  check_positions(seen, q.size(1), rotary_cos);
-  const ScalarType dtype = q.scalar_type();
-  const Tensor out = empty(shape_of(q), dtype, q);
-  if (k.numel() == 0) return out;
-  q = unit_inner_stride(q);
-  k = unit_inner_stride(k);
-  v = unit_inner_stride(v);
-
-  UpdateParams p{};
-  p.batch = q.size(0);
-  p.num_new = q.size(1);
-  p.num_heads = q.size(2);
-  p.num_kv_heads = k.size(2);
-  p.head_dim = q.size(3);
-  p.ring = k_cache.size(1);
-  p.left = window_size[0] < 0 ? p.ring : std::min(window_size[0], p.ring);
-  p.softmax_scale = scale_or_default(softmax_scale, p.head_dim);
-  p.q = rows_of<ConstHeadRows>(q);
-  p.k = rows_of<ConstHeadRows>(k);
-  p.v = rows_of<ConstHeadRows>(v);
-  p.k_cache = rows_of<MutableHeadRows>(k_cache);
-  p.v_cache = rows_of<MutableHeadRows>(v_cache);
-  p.out = rows_of<MutableHeadRows>(out);
-  p.cache_seqlens = seen.data();
-  if (rotary_cos.has_value()) {
-    p.rotary_cos = rotary_cos->data_ptr();
-    p.rotary_sin = rotary_sin->data_ptr();
-    p.rotary_dtype = param_dtype(*rotary_cos);
-    p.cos_row_stride = rotary_cos->stride(0);
-    p.cos_stride = rotary_cos->stride(1);
-    p.sin_row_stride = rotary_sin->stride(0);
-    p.sin_stride = rotary_sin->stride(1);
+  const Update step(op, {q, k, v, k_cache, v_cache, cache_seqlens, window_size, softmax_scale, rotary_cos, rotary_sin});
+  for (const Update::Phase phase : {Update::kWrite, Update::kAttend, Update::kMerge}) {
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, step.work(phase)));
+    parallel_for(op, step.pieces(phase), grain, [&](int64_t begin, int64_t end) { step.run(phase, begin, end); });
   }
-
-  UpdateWorkspace w{};
-  const int64_t rows = p.num_new * (p.num_heads / p.num_kv_heads);
-  const int64_t held = std::min(p.left + p.num_new, p.ring);
-  w.columns = ceil_div(p.head_dim, kQueryAlign) * kQueryAlign;
-  w.splits = num_splits(held);
-  const ScalarType acc = lse_dtype(q);
-  const Tensor queries = empty({p.batch, p.num_new, p.num_heads, w.columns}, acc, q);
-  const Tensor sums = empty({p.batch, p.num_kv_heads, w.splits, rows, w.columns}, acc, q);
-  const Tensor weights = empty({p.batch, p.num_kv_heads, w.splits, rows, 2}, acc, q);
-  w.queries = queries.data_ptr();
-  w.sums = sums.data_ptr();
-  w.weights = weights.data_ptr();
-
-  const auto& kernels = FASTLM_CPU_KERNELS(sliding_window_attention_update);
-  const int i = kernel_index(dtype);
-  const auto run = [&](UpdatePhase phase, int64_t items, int64_t work_per_item) {
-    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_per_item));
-    parallel_for(op, items, grain, [&](int64_t begin, int64_t end) { phase(p, w, begin, end); });
-  };
-  const int64_t heads = p.batch * p.num_kv_heads;
-  run(kernels.write[i], p.batch * p.num_new, (p.num_heads + 2 * p.num_kv_heads) * p.head_dim);
-  run(kernels.attend[i], heads * w.splits, 2 * rows * std::min(held, kSplit) * p.head_dim);
-  run(kernels.merge[i], heads, rows * w.splits * p.head_dim);
-  return out;
+  return step.out;
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ import torch
 
 from fastlm._registration import (
     causal_conv1d,
+    samba_decode_step,
     scan_swa,
     selective_scan,
     sliding_window_attention,
@@ -20,7 +21,14 @@ from fastlm._registration import (
 )
 from fastlm._registration.autocast import Cast
 
-FAMILIES = (causal_conv1d, selective_scan, sliding_window_attention, scan_swa, slm_loss)
+FAMILIES = (
+    causal_conv1d,
+    selective_scan,
+    sliding_window_attention,
+    scan_swa,
+    samba_decode_step,
+    slm_loss,
+)
 
 # Keeps the registrations below alive.
 _LIBRARY = torch.library.Library("fastlm", "IMPL")
@@ -70,7 +78,7 @@ def attach() -> None:
     for family in FAMILIES:
         for name, fake in family.FAKES.items():
             torch.library.register_fake(f"fastlm::{name}", fake)
-        for name, (setup_context, backward) in family.GRADIENTS.items():
+        for name, (setup_context, backward) in getattr(family, "GRADIENTS", {}).items():
             torch.library.register_autograd(f"fastlm::{name}", backward, setup_context=setup_context)
         for name, cast in getattr(family, "AUTOCAST", {}).items():
             _attach_autocast(name, cast)

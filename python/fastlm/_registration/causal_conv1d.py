@@ -123,16 +123,16 @@ def _fake_backward(
     )
 
 
-def _fake_update(
+def check_update(
+    op: str,
     x: Tensor,
     conv_state: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    cache_seqlens: Tensor | None = None,
-    conv_state_indices: Tensor | None = None,
-) -> Tensor:
-    op = "causal_conv1d_update"
+    bias: Tensor | None,
+    activation: str | None,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
+) -> None:
     torch._check_value(
         x.dim() in (2, 3),
         lambda: f"{op}: x must have shape (B, D) or (B, D, m), got {checks.shape_text(x.shape)}",
@@ -174,6 +174,27 @@ def _fake_update(
             lambda: f"{op}: conv_state must have shape ({x.shape[0]}, {x.shape[1]}, S), got {found}",
         )
     _check_activation(op, activation)
+
+
+def _fake_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    check_update(
+        "causal_conv1d_update",
+        x,
+        conv_state,
+        weight,
+        bias,
+        activation,
+        cache_seqlens,
+        conv_state_indices,
+    )
     return x.new_empty(x.shape) if x.dim() == 2 else empty_like_layout(x)
 
 

@@ -212,20 +212,19 @@ def _fake_backward(
     )
 
 
-def _fake_update(
+def check_update(
+    op: str,
     state: Tensor,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    state_batch_indices: Tensor | None = None,
-) -> Tensor:
-    op = "selective_state_update"
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state_batch_indices: Tensor | None,
+) -> None:
     checks.floating(op, "x", x)
     checks.dim(op, "x", x, 2, "(B, D)")
     _check_like(op, "dt", dt, "x", x)
@@ -271,6 +270,34 @@ def _fake_update(
     if z is not None:
         _check_like(op, "z", z, "x", x)
     _check_vector(op, "dt_bias", dt_bias, "x", x)
+
+
+def _fake_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    check_update(
+        "selective_state_update",
+        state,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        state_batch_indices,
+    )
     return x.new_empty(x.shape)
 
 

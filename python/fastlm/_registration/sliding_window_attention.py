@@ -180,20 +180,19 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _fake_update(
+def check_update(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     cache_seqlens: Tensor,
-    *,
     window_size: Sequence[int],
-    softmax_scale: float | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-) -> Tensor:
-    op = "sliding_window_attention_update"
+    softmax_scale: float | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+) -> None:
     checks.floating(op, "q", q)
     checks.dim(op, "q", q, 4, "(B, m, H, K)")
     checks.dim(op, "k", k, 4, "(B, m, Hkv, K)")
@@ -228,6 +227,34 @@ def _fake_update(
     checks.shape(op, "cache_seqlens", cache_seqlens, (q.shape[0],))
     checks.same_device(op, "cache_seqlens", cache_seqlens, "q", q)
     _check_rotary(op, q, rotary_cos, rotary_sin)
+
+
+def _fake_update(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    window_size: Sequence[int],
+    softmax_scale: float | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+) -> Tensor:
+    check_update(
+        "sliding_window_attention_update",
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        window_size,
+        softmax_scale,
+        rotary_cos,
+        rotary_sin,
+    )
     return q.new_empty(q.shape)
 
 

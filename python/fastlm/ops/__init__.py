@@ -1,6 +1,7 @@
 """The operators as typed Python functions. Each is one call of `torch.ops.fastlm.<name>`."""
 
 from fastlm.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from fastlm.ops.samba_decode_step import samba_decode_step
 from fastlm.ops.scan_swa import scan_swa
 from fastlm.ops.selective_scan import selective_scan, selective_state_update
 from fastlm.ops.sliding_window_attention import sliding_window_attention, sliding_window_attention_update
@@ -11,6 +12,7 @@ __all__ = [
     "causal_conv1d_update",
     "linear_cross_entropy",
     "linear_nll",
+    "samba_decode_step",
     "scan_swa",
     "selective_scan",
     "selective_state_update",

@@ -6,6 +6,7 @@ autograd. Nothing here is ever used as a silent fallback: models and layers call
 """
 
 from fastlm.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from fastlm.reference.samba_decode_step import samba_decode_step
 from fastlm.reference.scan_swa import scan_swa
 from fastlm.reference.selective_scan import selective_scan, selective_state_update
 from fastlm.reference.sliding_window_attention import (
@@ -19,6 +20,7 @@ __all__ = [
     "causal_conv1d_update",
     "linear_cross_entropy",
     "linear_nll",
+    "samba_decode_step",
     "scan_swa",
     "selective_scan",
     "selective_state_update",

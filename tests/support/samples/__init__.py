@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from tests.support.samples import (
     causal_conv1d,
+    samba_decode_step,
     scan_swa,
     selective_scan,
     sliding_window_attention,
@@ -21,6 +22,7 @@ FAMILIES = {
     "causal_conv1d": causal_conv1d,
     "selective_scan": selective_scan,
     "sliding_window_attention": sliding_window_attention,
+    "samba_decode_step": samba_decode_step,
     "scan_swa": scan_swa,
     "slm_loss": slm_loss,
 }

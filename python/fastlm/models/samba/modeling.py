@@ -23,6 +23,7 @@ from fastlm.layers.rms_norm import at_least_float32, compute_dtype
 from fastlm.models.samba.cache import LayerCache, SambaCache
 from fastlm.models.samba.checkpoint import load_pretrained, save_pretrained
 from fastlm.models.samba.config import SambaConfig
+from fastlm.models.samba.decoding import step_pair
 from fastlm.models.samba.generation import GenerationMixin
 from fastlm.models.samba.passes import Pass, plan_pass
 
@@ -146,11 +147,22 @@ class SambaModel(nn.Module):
         x = at_least_float32(self.embed_tokens(input_ids))
         step = plan_pass(x, self.rotary, cache, cu_seqlens, max_seqlen)
         remember = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
-        for i, block in enumerate(self.layers):
+        done = 0  # blocks
+        while done < len(self.layers):
+            pair = (
+                None
+                if cache is None
+                else step_pair(self.layers[done : done + 2], cache.layers[done:], x, step)
+            )
+            if pair is not None:
+                x, done = pair, done + 2
+                continue
+            block = self.layers[done]
             if remember:
                 x = checkpoint(block, x, step, use_reentrant=False)
             else:
-                x = block(x, step, None if cache is None else cache.layers[i])
+                x = block(x, step, None if cache is None else cache.layers[done])
+            done += 1
         if cache is not None:
             cache.advance(step.seqlens)
         hidden: Tensor = self.norm(x)
