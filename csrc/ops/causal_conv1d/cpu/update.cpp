@@ -57,12 +57,32 @@ void update_channel(const UpdateParams& p, int64_t row, int64_t slot, int64_t d)
 // One token for channels [d0, d1) of a row, without a ring: sums go to a buffer first, so that the activation runs in vectors.
 constexpr int64_t kBlock = 64;
 
+// The same where state, weight and token lie densely and the state holds just the inputs the filter needs: sizes known, the
+// compiler lays the loops over the channels into vectors.
+template <int kWidth, class T, class P>
+FASTLM_INLINE void one_token_dense(const P* __restrict__ weight, const T* __restrict__ x, T* __restrict__ state, int64_t count,
+                                   acc_t<T>* __restrict__ sums) {
+  using A = acc_t<T>;
+  constexpr int kKeep = kWidth - 1;
+  for (int64_t d = 0; d < count; ++d) {
+    A sum = sums[d];
+    for (int j = 0; j < kKeep; ++j) sum += static_cast<A>(to_acc(weight[d * kWidth + j])) * to_acc(state[d * kKeep + j]);
+    sums[d] = sum + static_cast<A>(to_acc(weight[d * kWidth + kKeep])) * to_acc(x[d]);
+    for (int j = 0; j + 1 < kKeep; ++j) state[d * kKeep + j] = state[d * kKeep + j + 1];
+    state[d * kKeep + kKeep - 1] = x[d];
+  }
+}
+
 template <class T, class P>
 FASTLM_INLINE void one_token_sums(const UpdateParams& p, const P* weight, const T* x, T* state, int64_t d0, int64_t d1,
                                   acc_t<T>* sums) {
   using A = acc_t<T>;
   const int64_t keep = p.width - 1;
   const int64_t last = p.state_len - 1;
+  if (p.width == 4 && p.state_len == 3 && p.state_len_stride == 1 && p.state_dim_stride == 3 && p.weight_width_stride == 1 &&
+      p.weight_dim_stride == 4 && p.x_dim_stride == 1) {
+    return one_token_dense<4>(weight + d0 * 4, x + d0, state + d0 * 3, d1 - d0, sums);
+  }
   for (int64_t d = d0; d < d1; ++d) {
     const P* w = weight + d * p.weight_dim_stride;
     T* s = state + d * p.state_dim_stride;
