@@ -105,8 +105,8 @@ void check_backward(const Tensor& dout, const OptionalTensor& dlast_state, const
   check_accumulated("chunk_states", chunk_states, {u.size(0), u.size(2) / kChunk, A.size(1), u.size(1)});
 }
 
-void check_update(const char* op, const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-                  const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
+void check_update(const char* op, const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                  const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
                   const OptionalTensor& state_batch_indices) {
   check_floating(op, "x", x);
   check_dim(op, "x", x, 2, "(B, D)");

@@ -16,8 +16,8 @@ void check_forward(const char* op, const Tensor& u, const Tensor& delta, const T
 void check_backward(const Tensor& dout, const OptionalTensor& dlast_state, const Tensor& u, const Tensor& A,
                     const Tensor& chunk_states, const OptionalTensor& cu_seqlens);
 
-void check_update(const char* op, const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-                  const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
+void check_update(const char* op, const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B,
+                  const Tensor& C, const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
                   const OptionalTensor& state_batch_indices);
 
 // Rows of initial_state and last_state: packed sequences, or rows of the batch.

@@ -128,7 +128,9 @@ int64_t Update::work(Phase phase) const {
 
 void Update::run(Phase phase, int64_t begin, int64_t end) const {
   const auto& kernels = FASTLM_CPU_KERNELS(sliding_window_attention_update);
-  const UpdatePhase kernel = phase == kWrite ? kernels.write[kernel_] : phase == kAttend ? kernels.attend[kernel_] : kernels.merge[kernel_];
+  const UpdatePhase kernel = phase == kWrite    ? kernels.write[kernel_]
+                             : phase == kAttend ? kernels.attend[kernel_]
+                                                : kernels.merge[kernel_];
   kernel(p_, w_, begin, end);
 }
 

@@ -151,7 +151,8 @@ void check_update(const char* op, const Tensor& q, const Tensor& k, const Tensor
   check_same_device(op, "rotary_sin", *rotary_sin, "q", q);
 }
 
-void check_positions(const char* op, const std::vector<int64_t>& cache_seqlens, int64_t num_new, const OptionalTensor& rotary_cos) {
+void check_positions(const char* op, const std::vector<int64_t>& cache_seqlens, int64_t num_new,
+                     const OptionalTensor& rotary_cos) {
   constexpr int64_t kMaxPosition = int64_t{1} << 62;
   for (size_t i = 0; i < cache_seqlens.size(); ++i) {
     FASTLM_CHECK_VALUE(cache_seqlens[i] >= 0 && cache_seqlens[i] <= kMaxPosition, op,

@@ -28,7 +28,8 @@ void check_update(const char* op, const Tensor& q, const Tensor& k, const Tensor
                   const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin);
 
 // cache_seqlens and the positions they lead to.
-void check_positions(const char* op, const std::vector<int64_t>& cache_seqlens, int64_t num_new, const OptionalTensor& rotary_cos);
+void check_positions(const char* op, const std::vector<int64_t>& cache_seqlens, int64_t num_new,
+                     const OptionalTensor& rotary_cos);
 
 // Rows of the batch, or packed sequences (bounds on the CPU); checks the values of cu_seqlens and max_seqlen.
 std::vector<Sequence> make_sequences(const char* op, const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
