@@ -245,6 +245,21 @@ def test_padded_training_equals_transformers():
     assert_all_close(results_of(model, ids, **labels), exact, plain, torch.float32)
 
 
+@torch.no_grad()
+def test_jamba_with_attention_on_fastlm_too():
+    model, ids = make_model("jamba"), random_ids(3, 19)
+    mask = left_padding(ids, 9, 2, 0)
+    whole, tokens = model(ids).logits, generated(model, ids)
+    enable()
+    model.set_attn_implementation("fastlm")
+    assert_close(continued(model, ids, 7, 8), whole, rtol=1e-4, atol=1e-4)
+    assert torch.equal(generated(model, ids), tokens)
+    padded = generated(model, ids, attention_mask=mask)
+    for i in range(3):
+        alone = generated(model, ids[i : i + 1, mask[i].bool()])
+        assert torch.equal(padded[i, mask[i].argmax() :], alone[0]), f"row {i}"
+
+
 # ---- Errors
 
 
