@@ -171,7 +171,7 @@ def test_functional_operators_share_no_memory(op):
 @pytest.mark.parametrize("op", IN_PLACE)
 def test_in_place_operators_return_fresh_tensors(op):
     schema = SCHEMAS[op]
-    assert op.endswith("_update") or op.endswith("_append"), f"{op}: writes in place, and its name hides it"
+    assert op.endswith(("_update", "_append", "_step")), f"{op}: writes in place, and its name hides it"
     assert all(r.alias_info is None for r in schema.returns), f"{op}: returns an argument"
     for sample in samples.of(op):
         call = sample.build()

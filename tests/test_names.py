@@ -29,7 +29,7 @@ def sources() -> list[Path]:
 
 
 def families() -> set[str]:
-    return {path.parent.name for path in (ROOT / "csrc" / "ops").glob("*/params.h")}
+    return {path.parent.name for path in (ROOT / "csrc" / "ops").glob("*/cpu.cpp")}
 
 
 def test_there_are_sources():

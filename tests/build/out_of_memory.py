@@ -29,6 +29,7 @@ NEED_MEMORY = {
     "selective_scan_backward",
     "sliding_window_attention",
     "sliding_window_attention_backward",
+    "scan_swa",
     "linear_nll",
     "linear_nll_backward",
 }
