@@ -99,6 +99,16 @@ def test_compiled_in_one_graph(padded):
         assert torch.equal(value, expected[name]), name
 
 
+@torch.no_grad()
+def test_exported_program_holds_the_operators():
+    enable("mamba")
+    model, ids = make_model("mamba"), random_ids(2, 11)
+    program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    called = [str(node.target) for node in program.graph.nodes]
+    assert called.count("fastlm.selective_scan.default") == 2
+    assert torch.equal(program.module()(ids, use_cache=False).logits, model(ids).logits)
+
+
 # ---- Generation and caches
 
 
@@ -267,10 +277,10 @@ def test_masks_and_arguments_that_do_not_fit():
     enable("mamba")
     model, ids = make_model("mamba"), random_ids(2, 9)
     mixer, hidden = model.backbone.layers[0].mixer, torch.randn(2, 9, 24)
-    with pytest.raises(
-        ValueError, match=r"attention_mask of a Mamba layer must have shape \(batch, 9\) or longer"
-    ):
+    with pytest.raises(ValueError, match=r"attention_mask of a Mamba layer must have shape \(2, 9\) or more"):
         model(ids, attention_mask=torch.ones(2, 8))
+    with pytest.raises(ValueError, match=r"got \(1, 9\)"):
+        model(ids, attention_mask=torch.ones(1, 9))
     with pytest.raises(ValueError, match=r"got \(2, 1, 9, 9\)"):
         mixer(hidden, attention_mask=torch.ones(2, 1, 9, 9))
     with pytest.raises(ValueError, match=r"does not take seq_idx\. Pad the sequences"):

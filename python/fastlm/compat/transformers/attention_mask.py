@@ -89,7 +89,7 @@ def seen(
     ends = kv_offset + kv_length, q_offset + q_length
     if any(isinstance(end, Tensor) for end in ends) or ends[0] != ends[1]:
         raise ValueError(
-            f"fastlm attention: keys must end where queries end, got {_number(ends[0])} and {_number(ends[1])} positions. "
+            f"fastlm attention: keys must end where queries end, got {int(ends[0])} and {int(ends[1])} positions. "
             "Caches of fixed size are not supported; use a DynamicCache."
         )
     parts = list(_parts_of(mask_function))
@@ -196,7 +196,3 @@ def _single_runs(runs: Tensor) -> tuple[tuple[int, int], ...] | None:
 
 def _bounds(counts: Tensor) -> Tensor:
     return functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _number(end: int | Tensor) -> str:
-    return str(end) if isinstance(end, int) else "a tensor of"

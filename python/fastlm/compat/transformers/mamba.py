@@ -92,7 +92,7 @@ def mixer_forward(
                 f"fastlm.compat.transformers: a Mamba layer does not take {name}. Pad the sequences of a batch instead; "
                 "fastlm.layers.Mamba takes packed ones."
             )
-    padded = None if attention_mask is None else TokensFirst.of(attention_mask, hidden_states.shape[1])
+    padded = None if attention_mask is None else TokensFirst.of(attention_mask, *hidden_states.shape[:2])
     conv_state = state = None
     if cache is not None:
         conv_state = cache.get_conv_state(self.layer_idx)

@@ -29,20 +29,21 @@ class TokensFirst:
     back: Tensor
 
     @classmethod
-    def of(cls, attention_mask: Tensor, length: int) -> TokensFirst | None:
+    def of(cls, attention_mask: Tensor, batch: int, length: int) -> TokensFirst | None:
         """The order for the last `length` positions of a mask; None where no position is padding.
 
         Args:
             attention_mask: `(B, M)` with `M >= length`, any dtype, 0 for padding.
-            length: positions of this forward pass.
+            batch, length: rows and positions of this forward pass.
 
         Raises:
-            ValueError: the mask has another number of dimensions, or is shorter.
+            ValueError: the mask has another shape.
         """
-        if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+        shape = tuple(attention_mask.shape)
+        if len(shape) != 2 or shape[0] != batch or shape[1] < length:
             raise ValueError(
-                f"fastlm.compat.transformers: attention_mask of a Mamba layer must have shape (batch, {length}) or "
-                f"longer, got {tuple(attention_mask.shape)}"
+                f"fastlm.compat.transformers: attention_mask of a Mamba layer must have shape ({batch}, {length}) or "
+                f"more positions, got {shape}"
             )
         real = attention_mask[:, attention_mask.shape[1] - length :] != 0
         if not torch.compiler.is_compiling() and bool(real.all()):
