@@ -1,6 +1,9 @@
 // Tensor helpers of the adapters.
 #include "adapter/tensor.h"
 
+#include <algorithm>
+#include <array>
+
 namespace fastlm {
 
 const char* dtype_name(ScalarType dtype) {
@@ -85,14 +88,31 @@ Tensor zeros(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& 
   return torch::stable::new_zeros(like, shape, dtype);
 }
 
+Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype,
+                     const Tensor& like) {
+  using torch::headeronly::IntHeaderOnlyArrayRef;
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack{from(like),
+                                    from(IntHeaderOnlyArrayRef(shape)),
+                                    from(IntHeaderOnlyArrayRef(strides)),
+                                    from(std::optional<ScalarType>(dtype)),
+                                    from(std::optional<torch::headeronly::Layout>()),
+                                    from(std::optional<torch::stable::Device>()),
+                                    from(std::optional<bool>())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor no_tensor(ScalarType dtype, const Tensor& like) { return empty({0}, dtype, like); }
 
 bool is_channel_last(const Tensor& like) { return like.stride(2) != 1 && like.stride(1) == 1; }
 
 Tensor empty_like_layout(const Tensor& like, ScalarType dtype) {
   if (!is_channel_last(like)) return empty({like.size(0), like.size(1), like.size(2)}, dtype, like);
-  const Tensor out = empty({like.size(0), like.size(2), like.size(1)}, dtype, like);
-  return torch::stable::transpose(out, 1, 2);
+  // Not a transposed view of contiguous memory: a caller may change an output in place, and autograd forbids that for views.
+  const int64_t row = std::max<int64_t>(like.size(1), 1);
+  return empty_strided({like.size(0), like.size(1), like.size(2)}, {std::max<int64_t>(like.size(2), 1) * row, 1, row}, dtype,
+                       like);
 }
 
 Tensor unit_stride(const Tensor& t) {

@@ -39,6 +39,8 @@ DType param_dtype(const Tensor& t);
 
 // Fresh uninitialised tensor, contiguous, on the device of `like`.
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like);
+Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype,
+                     const Tensor& like);
 Tensor zeros(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like);
 
 // What an output that does not apply looks like: shape (0,).

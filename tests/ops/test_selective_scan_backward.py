@@ -52,6 +52,14 @@ def test_a_missing_upstream_gradient_counts_as_zero(only):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channel_last"])
+def test_an_output_may_be_changed_in_place(layout):
+    call = samples.of("selective_scan", "channel_last" if layout == "channel_last" else "everything")[0].build()
+    out = ops.selective_scan(*call.requires_grad().args, **call.kwargs)
+    out += 1
+    out.sum().backward()
+
+
 def test_all_states_carry_no_gradient():
     inputs = scan_inputs(Draw("detached"), 1, 5, 7, 4)
     inputs["u"].requires_grad_()

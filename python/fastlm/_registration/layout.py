@@ -12,10 +12,12 @@ def is_channel_last(x: Tensor) -> bool:
 
 
 def empty_like_layout(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (B, D, L) tensor: channel-last if `x` is, else contiguous."""
+    """An uninitialised (B, D, L) tensor of its own (no view): channel-last if `x` is, else contiguous."""
     dtype = x.dtype if dtype is None else dtype
     if is_channel_last(x):
-        return x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=dtype).transpose(1, 2)
+        dim, length = x.shape[1:]
+        row = torch.sym_max(dim, 1)
+        return x.new_empty_strided(x.shape, (torch.sym_max(length, 1) * row, 1, row), dtype=dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
