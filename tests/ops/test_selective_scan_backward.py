@@ -54,7 +54,9 @@ def test_a_missing_upstream_gradient_counts_as_zero(only):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channel_last"])
 def test_an_output_may_be_changed_in_place(layout):
-    call = samples.of("selective_scan", "channel_last" if layout == "channel_last" else "everything")[0].build()
+    call = samples.of("selective_scan", "channel_last" if layout == "channel_last" else "everything")[
+        0
+    ].build()
     out = ops.selective_scan(*call.requires_grad().args, **call.kwargs)
     out += 1
     out.sum().backward()
