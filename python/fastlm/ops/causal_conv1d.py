@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from fastlm import _ops
@@ -90,7 +91,8 @@ def causal_conv1d(
     """
     out, final_states = _ops.causal_conv1d(x, weight, bias, seq_idx, initial_states, activation, cu_seqlens)
     if final_states_out is not None:
-        final_states_out.copy_(final_states)
+        with torch.no_grad():  # a buffer of the caller's; gradients go through the returned states
+            final_states_out.copy_(final_states)
     return (out, final_states) if return_final_states else out
 
 

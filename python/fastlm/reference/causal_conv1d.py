@@ -88,9 +88,10 @@ def _one_batch(
     if seq_idx is not None and length > 0:
         documents = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], dim=-1)  # (B, W-1+L)
 
+    exact = inputs.to(acc)  # once: the gradient of the cast rounds, and a sum of taps is rounded once
     pre = torch.zeros(x.shape, dtype=acc, device=x.device)
     for j in range(width):
-        tap = inputs[..., j : j + length].to(acc)
+        tap = exact[..., j : j + length]
         if documents is not None and seq_idx is not None:
             same = (documents[:, j : j + length] == seq_idx).unsqueeze(1)
             tap = torch.where(same, tap, 0.0)
