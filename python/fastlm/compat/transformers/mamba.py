@@ -123,7 +123,9 @@ def _sequence(
     if torch.is_grad_enabled():  # the cache is written in place below; the backward pass needs what was in it
         conv_state = None if conv_state is None else conv_state.clone()
         state = None if state is None else state.clone()
-    x, z = mixer.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)  # (B, D, L) views
+    # Split along the inner dimension: so the backward pass joins the gradients without transposing them.
+    halves = mixer.in_proj(hidden_states).chunk(2, dim=-1)
+    x, z = (half.transpose(1, 2) for half in halves)  # (B, D, L) views
     weight, activation = mixer.conv1d.weight.squeeze(1), _fused_activation(mixer)
     past = None if conv_state is None else _last_columns(conv_state, weight.shape[1] - 1)
     u = ops.causal_conv1d(x, weight, mixer.conv1d.bias, initial_states=past, activation=activation)
