@@ -133,6 +133,23 @@ FASTLM_INLINE void store(bfloat16* p, VecF v) {
 #endif
 #endif
 }
+// The bits of a vector of bf16, and of two of them in pairs, lane by lane: `low` in the lower halves.
+FASTLM_INLINE VecH bf16_bits(VecF v) {
+  bfloat16 half[kLanesF];
+  store(half, v);
+  VecH bits;
+  __builtin_memcpy(&bits, half, sizeof(bits));
+  return bits;
+}
+FASTLM_INLINE VecI widen(VecH h) {
+#if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
+  return (VecI)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+  return __builtin_convertvector(h, VecI);
+#endif
+}
+FASTLM_INLINE VecI pair_halves(VecH low, VecH high) { return widen(low) | (widen(high) << 16); }
+
 FASTLM_INLINE void store(float16* p, VecF v) {
 #if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));

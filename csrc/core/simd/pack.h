@@ -83,7 +83,7 @@ void pack_depths(const T* from, int64_t row_stride, int64_t begin, int64_t end, 
         const size_t bytes = static_cast<size_t>(n - c >= kLanes ? kLanes : max_of(n - c, 0)) * 2;
         if (has_first) __builtin_memcpy(&low, first + c, bytes);
         if (has_second) __builtin_memcpy(&high, first + row_stride + c, bytes);
-        const VecI v = __builtin_convertvector(low, VecI) | (__builtin_convertvector(high, VecI) << 16);
+        const VecI v = pair_halves(low, high);
         probe_value(probe, v);
         store_operands(to + d * to_stride + c, v);
       }
@@ -105,13 +105,9 @@ FASTLM_INLINE void convert_across(const float* from, int64_t from_stride, Bf16Pa
                                   int64_t n) {
   for (int64_t d = 0; d < pairs; ++d) {
     for (int64_t c = 0; c < n; c += kLanesF) {
-      bfloat16 low[kLanesF], high[kLanesF];
-      store(low, load(from + 2 * d * from_stride + c));
-      store(high, load(from + (2 * d + 1) * from_stride + c));
-      VecH a, b;
-      __builtin_memcpy(&a, low, sizeof(a));
-      __builtin_memcpy(&b, high, sizeof(b));
-      store_operands(to + d * to_stride + c, __builtin_convertvector(a, VecI) | (__builtin_convertvector(b, VecI) << 16));
+      const VecH low = bf16_bits(load(from + 2 * d * from_stride + c));
+      const VecH high = bf16_bits(load(from + (2 * d + 1) * from_stride + c));
+      store_operands(to + d * to_stride + c, pair_halves(low, high));
     }
   }
 }

@@ -113,14 +113,31 @@ FASTLM_INLINE VecD fma(VecD a, VecD b, VecD c) {
 #endif
 }
 
-template <class V>
-FASTLM_INLINE V min(V a, V b) {
+// a < b ? a : b and a > b ? a : b: b where either is NaN. One instruction, which the compiler does not find by itself.
+FASTLM_INLINE VecF min(VecF a, VecF b) {
+#if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
+  return (VecF)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(FASTLM_SIMD_256)
+  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE__)
+  return (VecF)_mm_min_ps((__m128)a, (__m128)b);
+#else
   return a < b ? a : b;
+#endif
 }
-template <class V>
-FASTLM_INLINE V max(V a, V b) {
+FASTLM_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(FASTLM_SIMD_256)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE__)
+  return (VecF)_mm_max_ps((__m128)a, (__m128)b);
+#else
   return a > b ? a : b;
+#endif
 }
+FASTLM_INLINE VecD min(VecD a, VecD b) { return a < b ? a : b; }
+FASTLM_INLINE VecD max(VecD a, VecD b) { return a > b ? a : b; }
 
 // ---- reductions over lanes (fixed order: halves, then quarters, ...) ----------------------------------------------
 

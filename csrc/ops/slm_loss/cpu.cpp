@@ -12,14 +12,14 @@
 namespace fastlm::slm_loss {
 namespace {
 
-// Rows whose packed hidden states and block statistics the forward pass holds at a time.
-constexpr int64_t kChunk = 21 * kRowBlock;
+// Tokens whose packed hidden states and block statistics the forward pass holds at a time.
+constexpr int64_t kChunk = 21 * kTokenBlock;
 
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 // Tokens that count, and scratch memory that lives as long as the call.
 struct Work {
-  std::vector<int64_t> rows;
+  std::vector<int64_t> positions;
   std::vector<int64_t> labels;
   std::vector<Tensor> memory;
   Tensor like;
@@ -53,9 +53,9 @@ Tensor as_rows(const Tensor& hidden) {
   return torch::stable::reshape(hidden, {tokens, hidden_size});
 }
 
-// Everything but the rows of this call; `most_rows` of them are held at a time.
+// Everything but the tokens of this call; `most_tokens` of them are held at a time.
 void fill(Params& p, Work& work, const Sizes& sizes, const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-          double softcap, int64_t most_rows) {
+          double softcap, int64_t most_tokens) {
   p.hidden_size = hidden.size(1);
   p.vocab = weight.size(0);
   p.hidden = hidden.data_ptr();
@@ -70,13 +70,13 @@ void fill(Params& p, Work& work, const Sizes& sizes, const Tensor& hidden, const
     p.bias_stride = bias->stride(0);
   }
   p.softcap = softcap;
-  p.capacity = round_up(most_rows, kRowBlock);
-  p.hidden_rows = work.bytes(round_up(sizes.depth, sizes.columns) * p.capacity * sizes.operand_bytes);
+  p.capacity = round_up(most_tokens, kTokenBlock);
+  p.hidden_columns = work.bytes(p.capacity * sizes.depth * sizes.operand_bytes);
 }
 
-void take_rows(Params& p, const Work& work, int64_t begin, int64_t end) {
-  p.num_rows = end - begin;
-  p.rows = work.rows.data() + begin;
+void take_tokens(Params& p, const Work& work, int64_t begin, int64_t end) {
+  p.num_tokens = end - begin;
+  p.positions = work.positions.data() + begin;
   p.labels = work.labels.data() + begin;
 }
 
@@ -93,26 +93,26 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   Work work{{}, {}, {}, hidden};
   for (size_t i = 0; i < values.size(); ++i) {
     if (values[i] == ignore_index) continue;
-    work.rows.push_back(static_cast<int64_t>(i));
+    work.positions.push_back(static_cast<int64_t>(i));
     work.labels.push_back(values[i]);
   }
   const ScalarType dtype = hidden.scalar_type();
   const ScalarType acc = loss_dtype(hidden);
-  const bool all = work.rows.size() == values.size();
+  const bool all = work.positions.size() == values.size();
   const auto output = [&] { return all ? empty(shape_of(labels), acc, hidden) : zeros(shape_of(labels), acc, hidden); };
   const Tensor nll = output();
   const Tensor lse = output();
   const Tensor entropy = return_entropy ? output() : no_tensor(acc, hidden);
-  const auto total = static_cast<int64_t>(work.rows.size());
+  const auto total = static_cast<int64_t>(work.positions.size());
   if (total == 0) return {nll, lse, entropy};
 
   const Tensor flat = as_rows(hidden);
   const Sizes sizes = find_sizes(dtype, flat.size(1));
   ForwardParams p{};
-  const int64_t chunk = round_up(ceil_div(total, ceil_div(total, kChunk)), kRowBlock);
+  const int64_t chunk = round_up(ceil_div(total, ceil_div(total, kChunk)), kTokenBlock);
   fill(p, work, sizes, flat, weight, bias, softcap, std::min(chunk, total));
   p.entropy = return_entropy;
-  const int64_t blocks = ceil_div(p.vocab, kColumnBlock);
+  const int64_t blocks = ceil_div(p.vocab, kWordBlock);
   p.block_max = work.bytes(blocks * p.capacity * sizes.operand_bytes);
   p.block_sum = work.bytes(blocks * p.capacity * sizes.operand_bytes);
   if (return_entropy) p.block_weighted = work.bytes(blocks * p.capacity * sizes.operand_bytes);
@@ -125,17 +125,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   const auto& kernels = FASTLM_CPU_KERNELS(slm_loss_forward);
   const int k = kernel_index(dtype);
   for (int64_t begin = 0; begin < total; begin += chunk) {
-    take_rows(p, work, begin, std::min(begin + chunk, total));
-    const int64_t row_blocks = ceil_div(p.num_rows, kRowBlock);
-    run_pieces(op, row_blocks, [&](int64_t piece) { pack.hidden[k](p, piece); });
+    take_tokens(p, work, begin, std::min(begin + chunk, total));
+    const int64_t token_blocks = ceil_div(p.num_tokens, kTokenBlock);
+    run_pieces(op, token_blocks, [&](int64_t piece) { pack.hidden[k](p, piece); });
     run_pieces(op, blocks, [&](int64_t piece) { kernels.logits[k](p, piece); });
-    run_pieces(op, row_blocks, [&](int64_t piece) { kernels.finish[k](p, piece); });
+    run_pieces(op, token_blocks, [&](int64_t piece) { kernels.finish[k](p, piece); });
   }
   return {nll, lse, entropy};
 }
 
 // Tokens whose loss has a gradient: the others cost nothing and get exactly zero.
-void keep_rows_with_gradient(Work& work, const BackwardParams& p, const std::vector<int64_t>& values, int64_t ignore_index,
+void keep_tokens_with_gradient(Work& work, const BackwardParams& p, const std::vector<int64_t>& values, int64_t ignore_index,
                              ScalarType acc) {
   const auto any = [&]<class A>() {
     for (size_t i = 0; i < values.size(); ++i) {
@@ -145,7 +145,7 @@ void keep_rows_with_gradient(Work& work, const BackwardParams& p, const std::vec
         wanted = wanted || (grad != nullptr && static_cast<const A*>(grad)[i] != A(0));  // true for NaN as well
       }
       if (!wanted) continue;
-      work.rows.push_back(static_cast<int64_t>(i));
+      work.positions.push_back(static_cast<int64_t>(i));
       work.labels.push_back(values[i]);
     }
   };
@@ -153,8 +153,9 @@ void keep_rows_with_gradient(Work& work, const BackwardParams& p, const std::vec
 }
 
 // The backward pass over panels 0 .. n-1 of the vocabulary. Slot t of the pipeline holds five phases:
-//   dlogits(t-1)   pack columns(t)   dhidden(t-2)   dweight and dbias(t-2)   pack rows(t)
-// so that whatever a phase needs was begun at least one product earlier. Weights are double-buffered, dlogits triple.
+//   dlogits(t-1)   pack rows(t)   dhidden(t-2)   dweight and dbias(t-2)   pack depths(t)
+// so that whatever a phase needs was begun at least one product earlier. What serves both products from one layout (floats) is
+// triple-buffered. bf16 pairs have one layout for each, and two buffers of each do, but for the last to be read, dlogits for dweight.
 class Pipeline {
  public:
   Pipeline(const BackwardParams& params, const Sizes& sizes, Work& work, ScalarType dtype)
@@ -162,25 +163,33 @@ class Pipeline {
         pack_(FASTLM_CPU_KERNELS(slm_loss_pack)),
         kernels_(FASTLM_CPU_KERNELS(slm_loss_backward)),
         k_(kernel_index(dtype)),
-        row_blocks_(ceil_div(params.num_rows, kRowBlock)),
+        token_blocks_(ceil_div(params.num_tokens, kTokenBlock)),
         hidden_blocks_(ceil_div(params.padded_hidden, kColumnBlock)) {
     // Wide enough for all threads to find work in one phase; sums run over pack.depth words at a time, whatever the width.
     const int64_t unit = pack_.depth[k_];
-    const int64_t wanted = ceil_div(2 * static_cast<int64_t>(torch::stable::get_num_threads()), row_blocks_);
+    const int64_t wanted = ceil_div(2 * static_cast<int64_t>(torch::stable::get_num_threads()), token_blocks_);
     size_ = unit * std::min({wanted, ceil_div(p_.vocab, unit), int64_t{8}});
     panels_ = ceil_div(p_.vocab, size_);
-    const bool pairs = sizes.elements == 2;
-    const int64_t dlogits_bytes = size_ / sizes.elements * p_.capacity * sizes.operand_bytes;
-    for (int i = 0; i < 2; ++i) {
-      weight_columns_[i] = work.bytes(size_ * sizes.depth * sizes.operand_bytes);
+    pairs_ = sizes.elements == 2;
+    weight_buffers_ = pairs_ ? 2 : 3;
+    const int64_t run = sizes.columns * sizes.elements;  // values of one run of rows of A
+    for (int i = 0; i < weight_buffers_; ++i) {
+      weight_rows_[i] = work.bytes(size_ * round_up(sizes.depth, sizes.columns) * sizes.operand_bytes);
       bias_[i] = work.bytes(size_ * sizes.operand_bytes);
-      if (p_.dhidden == nullptr) continue;
-      weight_rows_[i] = work.bytes(size_ / sizes.elements * p_.padded_hidden * sizes.operand_bytes);
+      weight_depths_[i] = weight_rows_[i];
+      if (pairs_ && p_.dhidden != nullptr) {
+        weight_depths_[i] = work.bytes(size_ / sizes.elements * p_.padded_hidden * sizes.operand_bytes);
+      }
     }
     for (int i = 0; i < 3; ++i) {
-      if (!pairs || p_.dhidden != nullptr) dlogits_rows_[i] = work.bytes(dlogits_bytes);
-      dlogits_transposed_[i] = !pairs ? dlogits_rows_[i] : p_.dweight != nullptr ? work.bytes(dlogits_bytes) : nullptr;
-      if (p_.dbias != nullptr) dbias_blocks_[i] = work.bytes(row_blocks_ * size_ * sizes.operand_bytes);
+      const auto bytes = [&](int64_t tokens) { return size_ * tokens / sizes.elements * sizes.operand_bytes; };
+      if (!pairs_ || p_.dweight != nullptr) dlogits_rows_[i] = work.bytes(bytes(round_up(p_.capacity, run)));
+      if (!pairs_) {
+        dlogits_transposed_[i] = dlogits_rows_[i];
+      } else if (p_.dhidden != nullptr && i < 2) {
+        dlogits_transposed_[i] = work.bytes(bytes(p_.capacity));
+      }
+      if (p_.dbias != nullptr) dbias_blocks_[i] = work.bytes(token_blocks_ * size_ * sizes.operand_bytes);
     }
   }
 
@@ -191,7 +200,7 @@ class Pipeline {
   }
 
  private:
-  enum Kind : int64_t { kDlogits, kPackColumns, kDhidden, kDweight, kPackRows };
+  enum Kind : int64_t { kDlogits, kPackRows, kDhidden, kDweight, kPackDepths };
 
   static int64_t index(int64_t slot, Kind kind) { return slot < 0 ? 0 : 1 + 5 * slot + kind; }
   static int64_t panel_of(int64_t slot, Kind kind) {
@@ -203,47 +212,50 @@ class Pipeline {
     return {begin,
             std::min(begin + size_, p_.vocab),
             size_,
-            weight_columns_[i % 2],
-            bias_[i % 2],
-            weight_rows_[i % 2],
+            weight_rows_[i % weight_buffers_],
+            bias_[i % weight_buffers_],
+            weight_depths_[i % weight_buffers_],
             dlogits_rows_[i % 3],
-            dlogits_transposed_[i % 3],
+            dlogits_transposed_[i % (pairs_ ? 2 : 3)],
             dbias_blocks_[i % 3]};
   }
 
   Phase phase_at(int64_t i) const {
-    if (i == 0) return {row_blocks_, -1};  // hidden states
+    if (i == 0) return {token_blocks_, -1};  // hidden states
     const int64_t slot = (i - 1) / 5;
     const auto kind = static_cast<Kind>((i - 1) % 5);
     const int64_t panel = panel_of(slot, kind);
     if (panel < 0 || panel >= panels_) return {0, -1};
     const int64_t words = std::min(size_, p_.vocab - panel * size_);
     switch (kind) {
-      case kDlogits:  // its weights; its buffer was last read in slot - 2
-        return {row_blocks_ * ceil_div(words, kColumnBlock), index(slot - 1, kPackColumns)};
-      case kPackColumns:  // the buffer's last reader
-        return {ceil_div(words, kRowBlock), index(slot - 1, kDlogits)};
+      case kDlogits:  // its weights; its buffers were last read by dhidden(t-3) and in slot - 2
+        return {token_blocks_ * ceil_div(words, kWordBlock), index(slot - 1, pairs_ ? kDhidden : kPackRows)};
+      case kPackRows:  // the buffer's last reader: dlogits of the last panel but one, or dhidden of the one before
+        return {ceil_div(words, kRowBlock), index(slot - 1, pairs_ ? kDlogits : kDhidden)};
       case kDhidden:  // the sum so far; dlogits and weights are older
-        return {p_.dhidden == nullptr ? 0 : row_blocks_ * hidden_blocks_, index(slot - 1, kDhidden)};
+        return {p_.dhidden == nullptr ? 0 : ceil_div(p_.num_tokens, kRowBlock) * hidden_blocks_, index(slot - 1, kDhidden)};
       case kDweight:  // dlogits
         return {weight_pieces(words) + bias_pieces(words), index(slot - 1, kDlogits)};
       default:  // the buffer's last reader
-        return {p_.dhidden == nullptr ? 0 : ceil_div(words, kRowBlock), index(slot, kDhidden)};
+        return {p_.dhidden == nullptr || !pairs_ ? 0 : ceil_div(words, kRowBlock), index(slot, kDhidden)};
     }
   }
 
   int64_t weight_pieces(int64_t words) const { return p_.dweight == nullptr ? 0 : ceil_div(words, kRowBlock) * hidden_blocks_; }
-  int64_t bias_pieces(int64_t words) const { return p_.dbias == nullptr ? 0 : ceil_div(words, kColumnBlock); }
+  int64_t bias_pieces(int64_t words) const { return p_.dbias == nullptr ? 0 : ceil_div(words, kWordBlock); }
 
   void run_piece(int64_t i, int64_t piece) const {
-    if (i == 0) return pack_.hidden[k_](p_, piece);
+    if (i == 0) {
+      pack_.hidden[k_](p_, piece);
+      return kernels_.tokens[k_](p_, piece);
+    }
     const auto kind = static_cast<Kind>((i - 1) % 5);
     const Panel panel = panel_at(panel_of((i - 1) / 5, kind));
     switch (kind) {
       case kDlogits:
         return kernels_.dlogits[k_](p_, panel, piece);
-      case kPackColumns:
-        return pack_.weight_columns[k_](p_, panel, piece);
+      case kPackRows:
+        return pack_.weight_rows[k_](p_, panel, piece);
       case kDhidden:
         return kernels_.dhidden[k_](p_, panel, piece);
       case kDweight: {
@@ -251,7 +263,7 @@ class Pipeline {
         return piece < weights ? kernels_.dweight[k_](p_, panel, piece) : kernels_.dbias[k_](p_, panel, piece - weights);
       }
       default:
-        return pack_.weight_rows[k_](p_, panel, piece);
+        return pack_.weight_depths[k_](p_, panel, piece);
     }
   }
 
@@ -259,11 +271,13 @@ class Pipeline {
   const PackKernels& pack_;
   const BackwardKernels& kernels_;
   int k_;
-  int64_t row_blocks_, hidden_blocks_;
+  int64_t token_blocks_, hidden_blocks_;
   int64_t size_, panels_;
-  void* weight_columns_[2] = {};
-  void* bias_[2] = {};
-  void* weight_rows_[2] = {};
+  bool pairs_;  // of bf16: two layouts where floats have one
+  int weight_buffers_;
+  void* weight_rows_[3] = {};
+  void* bias_[3] = {};
+  void* weight_depths_[3] = {};
   void* dlogits_rows_[3] = {};
   void* dlogits_transposed_[3] = {};
   void* dbias_blocks_[3] = {};
@@ -294,14 +308,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(OptionalTensor dnll, OptionalTensor 
   p.lse = per_token(lse);
   p.entropy = dentropy.has_value();
   if (p.entropy) p.entropy_in = per_token(entropy);
-  keep_rows_with_gradient(work, p, values, ignore_index, acc);
+  keep_tokens_with_gradient(work, p, values, ignore_index, acc);
 
-  const auto total = static_cast<int64_t>(work.rows.size());
+  const auto total = static_cast<int64_t>(work.positions.size());
   const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType type, bool written) {
     if (!needed) return no_tensor(type, hidden);
     return written ? empty(shape, type, hidden) : zeros(shape, type, hidden);
   };
-  const Tensor dhidden = output(need_dhidden, shape_of(hidden), dtype, work.rows.size() == values.size());
+  const Tensor dhidden = output(need_dhidden, shape_of(hidden), dtype, work.positions.size() == values.size());
   const Tensor dweight = output(need_dweight, shape_of(weight), dtype, total > 0);
   const Tensor dbias = output(need_dbias, {weight.size(0)}, bias.has_value() ? bias->scalar_type() : acc, total > 0);
   if (total == 0 || !(need_dhidden || need_dweight || need_dbias)) return {dhidden, dweight, dbias};
@@ -309,16 +323,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(OptionalTensor dnll, OptionalTensor 
   const Tensor flat = as_rows(hidden);
   const Sizes sizes = find_sizes(dtype, flat.size(1));
   fill(p, work, sizes, flat, weight, bias, softcap, total);
-  take_rows(p, work, 0, total);
+  take_tokens(p, work, 0, total);
   p.padded_hidden = sizes.padded_hidden;
+  p.per_token = work.bytes(5 * p.capacity * sizes.operand_bytes);
   if (need_dhidden) {
     p.dhidden_sum = work.bytes(p.capacity * sizes.padded_hidden * sizes.operand_bytes);
     p.dhidden = dhidden.data_ptr();
   }
   if (need_dweight) {
-    // Pairs of bf16 need two layouts where floats need one; each is half as large.
-    p.hidden_columns =
-        sizes.elements == 2 ? work.bytes(p.capacity / 2 * sizes.padded_hidden * sizes.operand_bytes) : p.hidden_rows;
+    p.hidden_depths = work.bytes(p.capacity / sizes.elements * sizes.padded_hidden * sizes.operand_bytes);
     p.dweight = dweight.data_ptr();
   }
   if (need_dbias) p.dbias = dbias.data_ptr();

@@ -13,25 +13,25 @@ using Forward = void (*)(const ForwardParams&, int64_t piece);
 using Backward = void (*)(const BackwardParams&, const Panel&, int64_t piece);
 
 struct PackKernels {
-  int64_t columns[4];           // N: columns of a tile
-  int64_t elements[4];          // values per operand: 2 where bf16 is multiplied in pairs, and then A and transposed A differ
-  int64_t depth[4];             // words of the narrowest panel; panels are multiples of it
-  Pack hidden[4];               // pieces: blocks of rows
-  PackPanel weight_columns[4];  // pieces: blocks of kRowBlock columns of the panel; with the bias
-  PackPanel weight_rows[4];     // the same
+  int64_t columns[4];          // N: columns of a tile
+  int64_t elements[4];         // values per operand: 2 where bf16 is multiplied in pairs, and then A and transposed A differ
+  int64_t depth[4];            // words of the narrowest panel; panels are multiples of it
+  Pack hidden[4];              // pieces: blocks of tokens
+  PackPanel weight_rows[4];    // pieces: blocks of kRowBlock words of the panel; with the bias
+  PackPanel weight_depths[4];  // the same
 };
 
 struct ForwardKernels {
-  Forward logits[4];  // pieces: blocks of columns: block_* and label_logit for all rows
-  Forward finish[4];  // pieces: blocks of rows: nll, lse, entropy
+  Forward logits[4];  // pieces: blocks of words: block_* and label_logit for all tokens
+  Forward finish[4];  // pieces: blocks of tokens: nll, lse, entropy
 };
 
 struct BackwardKernels {
-  Backward dlogits[4];  // pieces: (block of rows, block of columns)
-  Backward
-      dhidden[4];  // pieces: (block of rows, block of columns of h): adds into dhidden_sum, after the last panel writes dhidden
-  Backward dweight[4];  // pieces: (block of kRowBlock columns of the panel, block of columns of h): writes dweight
-  Backward dbias[4];    // pieces: blocks of columns: writes dbias
+  void (*tokens[4])(const BackwardParams&, int64_t piece);  // pieces: blocks of tokens: per_token
+  Backward dlogits[4];                                      // pieces: (block of tokens, block of words)
+  Backward dhidden[4];  // pieces: (kRowBlock tokens, block of columns of h): adds into dhidden_sum, after the last panel writes dhidden
+  Backward dweight[4];  // pieces: (kRowBlock words of the panel, block of columns of h): writes dweight
+  Backward dbias[4];    // pieces: blocks of words: writes dbias
 };
 
 }  // namespace fastlm::slm_loss

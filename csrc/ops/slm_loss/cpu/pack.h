@@ -112,9 +112,9 @@ void pack_columns(const Rows<T>& from, E* out, int64_t begin, int64_t end) {
   }
 }
 
-// Rows of the weight from `begin` on: words of the vocabulary.
+// Rows [begin, end) of the weight: words of the vocabulary.
 template <class T>
-FASTLM_INLINE Rows<T> weight_rows_of(const slm_loss::Params& p, int64_t begin, int64_t end) {
+FASTLM_INLINE Rows<T> words_of(const slm_loss::Params& p, int64_t begin, int64_t end) {
   return {static_cast<const T*>(p.weight) + begin * p.weight_row_stride,
           nullptr,
           p.weight_row_stride,
