@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
 
 // Tokens whose loss has a gradient: the others cost nothing and get exactly zero.
 void keep_tokens_with_gradient(Work& work, const BackwardParams& p, const std::vector<int64_t>& values, int64_t ignore_index,
-                             ScalarType acc) {
+                               ScalarType acc) {
   const auto any = [&]<class A>() {
     for (size_t i = 0; i < values.size(); ++i) {
       if (values[i] == ignore_index) continue;
@@ -155,7 +155,8 @@ void keep_tokens_with_gradient(Work& work, const BackwardParams& p, const std::v
 // The backward pass over panels 0 .. n-1 of the vocabulary. Slot t of the pipeline holds five phases:
 //   dlogits(t-1)   pack rows(t)   dhidden(t-2)   dweight and dbias(t-2)   pack depths(t)
 // so that whatever a phase needs was begun at least one product earlier. What serves both products from one layout (floats) is
-// triple-buffered. bf16 pairs have one layout for each, and two buffers of each do, but for the last to be read, dlogits for dweight.
+// triple-buffered. bf16 pairs have one layout for each, and two buffers of each do, but for the last to be read, dlogits for
+// dweight.
 class Pipeline {
  public:
   Pipeline(const BackwardParams& params, const Sizes& sizes, Work& work, ScalarType dtype)

@@ -1,6 +1,6 @@
-// What the kernels of slm_loss see: plain pointers and strides (in elements). Letters: T tokens, n tokens that count, h hidden size,
-// V vocabulary. Hidden states and a panel of the weight lie packed in scratch memory, and logits exist for one block at a time:
-// one row per word, one lane per token, so that nothing is ever summed across lanes and weights are packed as they lie.
+// What the kernels of slm_loss see: plain pointers and strides (in elements). Letters: T tokens, n tokens that count, h hidden
+// size, V vocabulary. Hidden states and a panel of the weight lie packed in scratch memory, and logits exist for one block at a
+// time: one row per word, one lane per token, so that nothing is ever summed across lanes and weights are packed as they lie.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace fastlm::slm_loss {
 
-// Multiples of every level's tile. Logits: words x tokens of one block. Gradients of hidden states and of the weight: rows (tokens
-// or words) x columns (of h) of one product.
+// Multiples of every level's tile. Logits: words x tokens of one block. Gradients of hidden states and of the weight: rows
+// (tokens or words) x columns (of h) of one product.
 constexpr int64_t kWordBlock = 192;
 constexpr int64_t kTokenBlock = 96;
 constexpr int64_t kRowBlock = 96;

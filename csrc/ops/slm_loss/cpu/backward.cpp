@@ -91,7 +91,8 @@ void panel_gradient(const BackwardParams& p, const Panel& panel, const Block& bl
 
 // Pairs of bf16: dz is written to the layouts of both products (a run of N pairs of the one is 2 N tokens).
 template <class E, bool kPlain>
-void panel_gradient_pairs(const BackwardParams& p, const Panel& panel, const Block& block, int64_t token, const float* z, VecF* sums) {
+void panel_gradient_pairs(const BackwardParams& p, const Panel& panel, const Block& block, int64_t token, const float* z,
+                          VecF* sums) {
   constexpr int64_t kN = kPackedColumns<E>;
   const PanelLabels<E> labels(p.labels + token, block.token + block.tokens - token, panel.begin + block.word, block.words);
   Tokens<E> tokens[kPackedVectors];

@@ -1,7 +1,8 @@
 // Per-token negative log-likelihood of a linear head: lse = log sum_v e^z_v, nll = lse - z_label, entropy = lse - sum_v p_v z_v.
-// A piece of work packs a block of the vocabulary for itself and meets all tokens with it; each block of logits leaves its maximum
-// m, its sum of e^(z-m) and of (z-m) e^(z-m) per token, which are added up in the order of the vocabulary. Bound by the product (2
-// n h V operations); the exponentials run over a block that is still in the second-level cache, in the order it lies there.
+// A piece of work packs a block of the vocabulary for itself and meets all tokens with it; each block of logits leaves its
+// maximum m, its sum of e^(z-m) and of (z-m) e^(z-m) per token, which are added up in the order of the vocabulary. Bound by the
+// product (2 n h V operations); the exponentials run over a block that is still in the second-level cache, in the order it lies
+// there.
 #include "core/scratch.h"
 #include "ops/slm_loss/cpu/kernels.h"
 #include "ops/slm_loss/cpu/logits.h"

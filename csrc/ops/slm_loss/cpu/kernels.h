@@ -29,7 +29,8 @@ struct ForwardKernels {
 struct BackwardKernels {
   void (*tokens[4])(const BackwardParams&, int64_t piece);  // pieces: blocks of tokens: per_token
   Backward dlogits[4];                                      // pieces: (block of tokens, block of words)
-  Backward dhidden[4];  // pieces: (kRowBlock tokens, block of columns of h): adds into dhidden_sum, after the last panel writes dhidden
+  Backward dhidden[4];  // pieces: (kRowBlock tokens, block of columns of h): adds into dhidden_sum, after the last panel writes
+                        // dhidden
   Backward dweight[4];  // pieces: (kRowBlock words of the panel, block of columns of h): writes dweight
   Backward dbias[4];    // pieces: blocks of words: writes dbias
 };

@@ -27,7 +27,8 @@ FASTLM_INLINE V shifted(V z, V reference) {
 }
 
 template <class E>
-void add_bias(const slm_loss::Params& p, const Block& block, const operand_acc<E>* bias, operand_acc<E>* z, int64_t panel_stride) {
+void add_bias(const slm_loss::Params& p, const Block& block, const operand_acc<E>* bias, operand_acc<E>* z,
+              int64_t panel_stride) {
   using A = operand_acc<E>;
   using V = vec_t<A>;
   constexpr int64_t kN = kPackedColumns<E>;
@@ -46,8 +47,8 @@ void add_bias(const slm_loss::Params& p, const Block& block, const operand_acc<E
   }
 }
 
-// z = weight . hidden + bias, then softcap * tanh(z / softcap). `weight` are packed rows of A, `size` of them, `bias` their biases.
-// Tokens beyond the block's last one get values that mean nothing.
+// z = weight . hidden + bias, then softcap * tanh(z / softcap). `weight` are packed rows of A, `size` of them, `bias` their
+// biases. Tokens beyond the block's last one get values that mean nothing.
 template <class E>
 void block_logits(const slm_loss::Params& p, const Block& block, const E* weight, int64_t size, const operand_acc<E>* bias,
                   operand_acc<E>* z, int64_t panel_stride) {
