@@ -14,10 +14,23 @@ from torch.testing import assert_close
 from fastlm.layers import Mamba, MambaState
 
 
-@pytest.fixture
-def mamba() -> Mamba:
+@pytest.fixture(params=[None, "affine", "plain"])
+def mamba(request) -> Mamba:
     torch.manual_seed(0)
-    return Mamba(12, d_state=3, d_conv=4, dt_rank=2, dtype=torch.float64)
+    mamba = Mamba(12, d_state=3, d_conv=4, dt_rank=2, bcdt_rms_norm=request.param, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in mamba.named_parameters():
+            if "layernorm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return mamba
+
+
+def normalised(mamba: Mamba, name: str, x: Tensor) -> Tensor:
+    norm = getattr(mamba, name)
+    if norm is None:
+        return x
+    y = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return y if norm.weight is None else y * norm.weight
 
 
 def step_loop(mamba: Mamba, h: Tensor) -> Tensor:
@@ -36,6 +49,10 @@ def step_loop(mamba: Mamba, h: Tensor) -> Tensor:
         )
         past = past[1:]
         low, b, c = (u @ p["x_proj.weight"].T).split([mamba.dt_rank, mamba.d_state, mamba.d_state], dim=-1)
+        low, b, c = (
+            normalised(mamba, name, x)
+            for name, x in (("dt_layernorm", low), ("b_layernorm", b), ("c_layernorm", c))
+        )
         dt = functional.softplus(low @ p["dt_proj.weight"].T + p["dt_proj.bias"])
         state = torch.exp(dt[..., None] * a) * state + (dt * u)[..., None] * b[:, None]
         y = (state * c[:, None]).sum(-1) + p["D"] * u
@@ -114,6 +131,20 @@ def test_parameter_names_and_shapes_of_the_public_layer():
     }
 
 
+def test_norms_of_step_and_projections_have_the_names_of_jamba():
+    names = {name: p.shape[0] for name, p in Mamba(32, bcdt_rms_norm="affine").named_parameters()}
+    assert names["dt_layernorm.weight"] == 2
+    assert names["b_layernorm.weight"] == names["c_layernorm.weight"] == 16
+    assert not any("layernorm" in name for name, _ in Mamba(32, bcdt_rms_norm="plain").named_parameters())
+    mamba = Mamba(32, bcdt_rms_norm="affine", dtype=torch.bfloat16)
+    assert mamba.b_layernorm.eps == 1e-6
+    with torch.no_grad():
+        mamba.c_layernorm.weight.zero_()
+    mamba.reset_parameters()
+    assert (mamba.c_layernorm.weight == 1).all()
+    assert mamba(torch.randn(1, 5, 32).bfloat16()).dtype == torch.bfloat16
+
+
 def test_initial_values():
     torch.manual_seed(0)
     mamba = Mamba(256)
@@ -141,6 +172,11 @@ def test_state_parameters_stay_float32_in_a_half_precision_layer():
     assert (state.conv.dtype, state.scan.dtype) == (torch.bfloat16, torch.float32)
     out, new = mamba(torch.randn(1, 5, 16).bfloat16(), state, return_state=True)
     assert (out.dtype, new.scan.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_another_norm_is_refused():
+    with pytest.raises(ValueError, match="bcdt_rms_norm must be 'affine', 'plain' or None, got 'rms'"):
+        Mamba(8, bcdt_rms_norm="rms")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastlm import ops
+from fastlm.layers import Mamba
 from fastlm.models import SambaConfig, SambaForCausalLM
 from fastlm.models.samba import decoding
 from tests.support.tolerance import assert_close_to_reference
@@ -102,6 +103,17 @@ def test_gradients_autocast_and_many_rows_take_the_layers(calls):
         decode(model)
     with torch.no_grad():
         decode(model, rows=5)
+    decode(model)
+    assert not calls
+
+
+@torch.no_grad()
+def test_norms_before_the_scan_take_the_layers(calls):
+    model = make()
+    for i in (0, 2):
+        old = model.model.layers[i].mamba
+        like = {"d_conv": old.d_conv, "dt_rank": old.dt_rank, "dtype": old.in_proj.weight.dtype}
+        model.model.layers[i].mamba = Mamba(old.d_model, old.d_state, bcdt_rms_norm="plain", **like)
     decode(model)
     assert not calls
 

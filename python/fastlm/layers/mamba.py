@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlm import ops
-from fastlm.layers.rms_norm import at_least_float32
+from fastlm.layers.rms_norm import RMSNorm, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,19 @@ class MambaState:
 
     conv: Tensor
     scan: Tensor
+
+
+class ScanInputs(NamedTuple):
+    """Arguments of `selective_scan` in its order, `(B, D, L)` and `(B, N, L)`."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    z: Tensor
+    delta_bias: Tensor
 
 
 class Mamba(nn.Module):
@@ -48,6 +61,9 @@ class Mamba(nn.Module):
         dt_init_floor: smallest initial step size.
         conv_bias: bias in the convolution.
         bias: bias in `in_proj` and `out_proj`.
+        bcdt_rms_norm: normalise the low-rank step, `B` and `C` before the scan: `"affine"` with the weights
+            `dt_layernorm`, `b_layernorm` and `c_layernorm` (Jamba), `"plain"` without (Falcon-Mamba).
+        bcdt_rms_eps: of these norms.
         device, dtype: of the parameters. `A_log`, `D` and `dt_proj.bias` are float32 even when `dtype` is a
             half type: rounding them changes the decay of long memories.
 
@@ -57,7 +73,8 @@ class Mamba(nn.Module):
     Note:
         `dt_proj.bias` goes to the scan as `delta_bias`; it is not added by the projection.
 
-    Source: Gu and Dao, arXiv 2312.00752, section 3.4; words and initialisation of `mamba_ssm`.
+    Source: Gu and Dao, arXiv 2312.00752, section 3.4; words and initialisation of `mamba_ssm`; norms of
+    Lieber et al., arXiv 2403.19887 (Jamba), and Zuo et al., arXiv 2410.05355 (Falcon-Mamba).
 
     Example:
         >>> import torch
@@ -80,6 +97,8 @@ class Mamba(nn.Module):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        bcdt_rms_norm: Literal["affine", "plain"] | None = None,
+        bcdt_rms_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,6 +109,8 @@ class Mamba(nn.Module):
             least = 2 if name == "d_conv" else 1
             if size < least:
                 raise ValueError(f"Mamba: {name} must be at least {least}, got {size}")
+        if bcdt_rms_norm not in (None, "affine", "plain"):
+            raise ValueError(f"Mamba: bcdt_rms_norm must be 'affine', 'plain' or None, got {bcdt_rms_norm!r}")
         self.d_model, self.d_state, self.d_conv, self.dt_rank = d_model, d_state, d_conv, rank
         self.d_inner = inner = expand * d_model
         self.dt_limits = (dt_min, dt_max, dt_init_floor)
@@ -99,6 +120,17 @@ class Mamba(nn.Module):
             inner, inner, d_conv, groups=inner, bias=conv_bias, device=device, dtype=dtype
         )
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, device=device, dtype=dtype)
+        self.dt_layernorm: nn.Module | None = None
+        self.b_layernorm: nn.Module | None = None
+        self.c_layernorm: nn.Module | None = None
+        if bcdt_rms_norm is not None:
+
+            def norm(size: int) -> nn.Module:
+                if bcdt_rms_norm == "affine":
+                    return RMSNorm(size, bcdt_rms_eps, device=device, dtype=dtype)
+                return nn.RMSNorm(size, bcdt_rms_eps, elementwise_affine=False)
+
+            self.dt_layernorm, self.b_layernorm, self.c_layernorm = norm(rank), norm(d_state), norm(d_state)
         self.dt_proj = nn.Linear(rank, inner, bias=True, device=device, dtype=dtype)
         self.dt_proj.bias = nn.Parameter(torch.empty(inner, device=device, dtype=full))
         self.A_log = nn.Parameter(torch.empty(inner, d_state, device=device, dtype=full))
@@ -110,6 +142,9 @@ class Mamba(nn.Module):
         """Draw all parameters anew: PyTorch's defaults, then the state parameters."""
         for module in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
             module.reset_parameters()
+        for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm):
+            if isinstance(norm, (RMSNorm, nn.RMSNorm)):
+                norm.reset_parameters()
         self.reset_state_parameters()
 
     @torch.no_grad()
@@ -174,7 +209,26 @@ class Mamba(nn.Module):
             out: shape of `hidden_states`.
             state: with `return_state`, `B` rows (`S` rows with `cu_seqlens`). Gradients flow through it.
         """
-        x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)  # (B, D, L) views
+        inputs, conv = self.before_scan(hidden_states, state, cu_seqlens=cu_seqlens)
+        y, scan = ops.selective_scan(
+            *inputs,
+            delta_softplus=True,
+            return_last_state=True,
+            initial_state=None if state is None else state.scan,
+            cu_seqlens=cu_seqlens,
+        )
+        out = self.after_scan(y)
+        return (out, MambaState(conv, scan)) if return_state else out
+
+    def before_scan(
+        self, hidden_states: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[ScanInputs, Tensor]:
+        """What the scan of `forward` takes (with `delta_softplus`), and the convolution's state afterwards.
+
+        With `after_scan` around a scan of your own this is `forward`.
+        """
+        # Split where it is contiguous in the gradient, then (B, D, L) views.
+        x, z = (half.transpose(1, 2) for half in self.in_proj(hidden_states).chunk(2, dim=-1))
         u, conv = ops.causal_conv1d(
             x,
             self.conv1d.weight.squeeze(1),
@@ -185,7 +239,7 @@ class Mamba(nn.Module):
             cu_seqlens=cu_seqlens,
         )
         delta, b, c = self._step_inputs(u.transpose(1, 2))
-        y, scan = ops.selective_scan(
+        inputs = ScanInputs(
             u,
             delta.transpose(1, 2),
             self._a(),
@@ -193,14 +247,14 @@ class Mamba(nn.Module):
             c.transpose(1, 2),
             at_least_float32(self.D),
             z,
-            delta_bias=at_least_float32(self.dt_proj.bias),
-            delta_softplus=True,
-            return_last_state=True,
-            initial_state=None if state is None else state.scan,
-            cu_seqlens=cu_seqlens,
+            at_least_float32(self.dt_proj.bias),
         )
+        return inputs, conv
+
+    def after_scan(self, y: Tensor) -> Tensor:
+        """The layer's result `(B, L, d)` for that of the scan, `y (B, D, L)`."""
         out: Tensor = self.out_proj(y.transpose(1, 2))
-        return (out, MambaState(conv, scan)) if return_state else out
+        return out
 
     def step(self, hidden_states: Tensor, state: MambaState) -> Tensor:
         """Mix one more token per row, `hidden_states (B, 1, d)`, and write `state` in place. No gradients."""
@@ -231,4 +285,8 @@ class Mamba(nn.Module):
     def _step_inputs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`delta` without its bias, `B` and `C` for `u (..., D)`."""
         low, b, c = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.dt_layernorm is not None:
+            assert self.b_layernorm is not None
+            assert self.c_layernorm is not None
+            low, b, c = self.dt_layernorm(low), self.b_layernorm(b), self.c_layernorm(c)
         return functional.linear(low, self.dt_proj.weight), b, c

@@ -32,10 +32,8 @@ class RMSNorm(nn.Module):
 
     Note:
         Statistics and product are float32 (float64 for float64 input) whatever the input. The result has the
-        dtype the
-        next matrix product wants: autocast's when autocast is on, else that of `weight`. So a float32
-            residual stream is
-        rounded once here, not once in each projection that follows.
+        dtype the next matrix product wants: autocast's when autocast is on, else that of `weight`. So a
+        float32 residual stream is rounded once here, not once in each projection that follows.
 
     Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
 

@@ -6,6 +6,8 @@ windows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -131,37 +133,48 @@ class SlidingWindowAttention(nn.Module):
         Returns:
             Shape of `hidden_states`.
         """
+        heads, options = self.before_attention(
+            hidden_states, ring, plan, rotary=rotary, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+        )
+        out = ops.sliding_window_attention(*heads, window_size=self.window_size, **options)
+        return self.after_attention(out, hidden_states)
+
+    def before_attention(
+        self,
+        hidden_states: Tensor,
+        ring: KVRing | None = None,
+        plan: RingPlan | None = None,
+        *,
+        rotary: RotarySpan | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """Queries, keys and values of `forward`, and the bounds of packed ones; the ring is written.
+
+        With `after_attention` around an attention of your own this is `forward`.
+        """
         if rotary is None and self.rotary is not None:
             rotary = default_rotary(self.rotary, hidden_states, cu_seqlens)
         q, k, v = self._qkv(hidden_states, rotary)
         if ring is not None and plan is not None:
-            k, v = k.flatten(0, 1), v.flatten(0, 1)
-            out = ops.sliding_window_attention(
-                q.flatten(0, 1),
-                plan.with_past(ring.k, k),
-                plan.with_past(ring.v, v),
-                window_size=self.window_size,
-                cu_seqlens_q=plan.cu_seqlens_q,
-                cu_seqlens_k=plan.cu_seqlens_k,
-                max_seqlen_q=plan.max_seqlen_q,
-                max_seqlen_k=plan.max_seqlen_k,
-            )
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+            heads = (q, plan.with_past(ring.k, k), plan.with_past(ring.v, v))
             plan.keep(ring.k, k)
             plan.keep(ring.v, v)
-        elif cu_seqlens is not None:
-            out = ops.sliding_window_attention(
-                q.squeeze(0),
-                k.squeeze(0),
-                v.squeeze(0),
-                window_size=self.window_size,
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_k=cu_seqlens,
-                max_seqlen_q=max_seqlen,
-                max_seqlen_k=max_seqlen,
-            )
-        else:
-            out = ops.sliding_window_attention(q, k, v, window_size=self.window_size)
-        return self._project(out, hidden_states)
+            return heads, {
+                "cu_seqlens_q": plan.cu_seqlens_q,
+                "cu_seqlens_k": plan.cu_seqlens_k,
+                "max_seqlen_q": plan.max_seqlen_q,
+                "max_seqlen_k": plan.max_seqlen_k,
+            }
+        if cu_seqlens is not None:
+            return (q.squeeze(0), k.squeeze(0), v.squeeze(0)), {
+                "cu_seqlens_q": cu_seqlens,
+                "cu_seqlens_k": cu_seqlens,
+                "max_seqlen_q": max_seqlen,
+                "max_seqlen_k": max_seqlen,
+            }
+        return (q, k, v), {}
 
     def step(
         self, hidden_states: Tensor, ring: KVRing, positions: Tensor, *, rotary: RotarySpan | None = None
@@ -183,7 +196,7 @@ class SlidingWindowAttention(nn.Module):
         out = ops.sliding_window_attention_update(
             q, k, v, ring.k, ring.v, positions, window_size=self.window_size, rotary_cos=cos, rotary_sin=sin
         )
-        return self._project(out, hidden_states)
+        return self.after_attention(out, hidden_states)
 
     def _qkv(self, hidden_states: Tensor, rotary: RotarySpan | None) -> tuple[Tensor, Tensor, Tensor]:
         """Heads `(B, L, H | Hkv, K)`, queries and keys rotated if `rotary` is given."""
@@ -195,7 +208,7 @@ class SlidingWindowAttention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         return q, k, v
 
-    def _project(self, out: Tensor, hidden_states: Tensor) -> Tensor:
+    def after_attention(self, out: Tensor, hidden_states: Tensor) -> Tensor:
         """Heads side by side, then the output projection; shape of `hidden_states`."""
         projected: Tensor = self.o_proj(out.flatten(-2).view(*hidden_states.shape[:2], -1))
         return projected

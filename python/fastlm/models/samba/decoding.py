@@ -118,7 +118,8 @@ def _as_pair(blocks: Iterable[nn.Module]) -> tuple[SambaBlock, SambaBlock] | tup
         return None, None
     if not _is_plain(first, _MAMBA_BLOCK | _MLP) or not _is_plain(second, _ATTENTION_BLOCK | _MLP):
         return None, None
-    if first.mamba.in_proj.bias is not None or first.mamba.out_proj.bias is not None:
+    mamba = first.mamba
+    if any(part is not None for part in (mamba.in_proj.bias, mamba.out_proj.bias, mamba.dt_layernorm)):
         return None, None
     if len({norm.eps for norm in (first.mamba_norm, first.mlp_norm, second.attn_norm, second.mlp_norm)}) != 1:
         return None, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastlm.models.samba.cache import SambaCache
 from fastlm.models.samba.config import SambaConfig
+from fastlm.models.samba.wavefront import prefill_wavefront
 
 if TYPE_CHECKING:
     from fastlm.models.samba.modeling import SambaModel
@@ -92,6 +94,7 @@ class GenerationMixin:
         streamer: Callable[[Tensor], object] | None = None,
         cache: SambaCache | None = None,
         prefill_chunk_size: int = 2048,
+        wavefront: bool = False,
     ) -> Tensor | list[list[int]] | Iterator[Tensor]:
         """Continue prompts by up to `max_new_tokens` tokens.
 
@@ -111,6 +114,9 @@ class GenerationMixin:
             cache: continue earlier sequences; the cache is advanced in place. Afterwards it has seen all but
                 the last new token, so a further call starts with that one.
             prefill_chunk_size: prompt tokens per row in one pass; bounds the memory of long prompts.
+            wavefront: prefill several chunks at a time, each in another block, so that a scan and an attention
+                run side by side. The same tokens come out. It holds the activations of as many chunks as
+                there are blocks, and pays where one chunk does not fill all cores.
 
         Returns:
             Prompts with new tokens: `(B, L + new)` for a tensor, a list of lists (without padding) for a
@@ -134,7 +140,9 @@ class GenerationMixin:
         fill = next((t for t in (pad_token_id, self.config.pad_token_id, *ends) if t is not None), 0)
         if cache is None:
             cache = self.new_cache(len(rows))
-        steps = self._steps(rows, cache, sampling, generator, max_new_tokens, ends, fill, prefill_chunk_size)
+        steps = self._steps(
+            rows, cache, sampling, generator, max_new_tokens, ends, fill, (prefill_chunk_size, wavefront)
+        )
         if streamer is not None:
             steps = _reporting(steps, streamer)
         if stream:
@@ -156,7 +164,7 @@ class GenerationMixin:
         max_new_tokens: int,
         ends: tuple[int, ...],
         fill: int,
-        chunk: int,
+        prefill: tuple[int, bool],
     ) -> Iterator[Tensor]:
         """New tokens `(B,)` step by step; a row that ended yields `fill`."""
         device = rows[0].device
@@ -165,7 +173,7 @@ class GenerationMixin:
         tokens: Tensor | None = None
         for i in range(max_new_tokens):
             if tokens is None:
-                hidden = self._prefill(rows, cache, chunk)
+                hidden = self._prefill(rows, cache, *prefill)
             else:
                 hidden = self.model(tokens.unsqueeze(1), cache)[:, -1]
             tokens = sampling.draw(self.logits(hidden), generator).masked_fill(finished, fill)
@@ -175,25 +183,17 @@ class GenerationMixin:
                 if bool(finished.all()):
                     return
 
-    def _prefill(self, rows: list[Tensor], cache: SambaCache, chunk: int) -> Tensor:
+    def _prefill(self, rows: list[Tensor], cache: SambaCache, chunk: int, wavefront: bool) -> Tensor:
         """Run the prompts through the model; hidden states `(B, d)` of each row's last token."""
-        lengths = [row.numel() for row in rows]
+        pieces = list(_chunks(rows, chunk))
+        if wavefront:
+            passes = prefill_wavefront(self.model, ((p.input_ids, p.cu_seqlens) for p in pieces), cache)
+        else:
+            passes = (self.model(p.input_ids, cache, cu_seqlens=p.cu_seqlens) for p in pieces)
         last: list[Tensor | None] = [None] * len(rows)
-        if len(set(lengths)) == 1:
-            for piece in torch.split(torch.stack(rows), chunk, dim=1):
-                hidden = self.model(piece, cache)
-            final: Tensor = hidden[:, -1]
-            return final
-        for start in range(0, max(lengths), chunk):
-            pieces = [row[start : start + chunk] for row in rows]
-            bounds = [0]
-            for piece in pieces:
-                bounds.append(bounds[-1] + piece.numel())
-            cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=rows[0].device)
-            hidden = self.model(torch.cat(pieces).unsqueeze(0), cache, cu_seqlens=cu_seqlens)
-            for i, piece in enumerate(pieces):
-                if piece.numel():
-                    last[i] = hidden[0, bounds[i + 1] - 1]
+        for piece, hidden in zip(pieces, passes, strict=True):
+            for row, place in piece.last_tokens:
+                last[row] = hidden.flatten(0, 1)[place]
         return torch.stack([state for state in last if state is not None])
 
     def _prompt_rows(self, input_ids: Prompts, attention_mask: Tensor | None) -> list[Tensor]:
@@ -220,6 +220,30 @@ class GenerationMixin:
             wrong = lowest if lowest < 0 else highest
             raise IndexError(f"generate: input_ids must be in [0, {self.config.vocab_size}), got {wrong}")
         return rows
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One pass of a prefill: ids `(B, L)`, or packed `(1, T)` with bounds; `(row, place)` of each row's last id in it."""
+
+    input_ids: Tensor
+    cu_seqlens: Tensor | None
+    last_tokens: list[tuple[int, int]]
+
+
+def _chunks(rows: list[Tensor], size: int) -> Iterator[_Chunk]:
+    """Prompts in pieces of up to `size` tokens a row; packed where they differ in length."""
+    lengths = [row.numel() for row in rows]
+    if len(set(lengths)) == 1:
+        for ids in torch.split(torch.stack(rows), size, dim=1):
+            yield _Chunk(ids, None, [(i, (i + 1) * ids.shape[1] - 1) for i in range(len(rows))])
+        return
+    for start in range(0, max(lengths), size):
+        pieces = [row[start : start + size] for row in rows]
+        bounds = [0, *accumulate(piece.numel() for piece in pieces)]
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=rows[0].device)
+        last = [(i, bounds[i + 1] - 1) for i, piece in enumerate(pieces) if piece.numel()]
+        yield _Chunk(torch.cat(pieces).unsqueeze(0), cu_seqlens, last)
 
 
 def _two_dimensional(input_ids: Tensor) -> Tensor:

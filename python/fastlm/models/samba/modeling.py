@@ -86,6 +86,10 @@ class SambaBlock(nn.Module):
             x = x + self._mamba(self.mamba, self.mamba_norm(x), step, cache)
         if self.attn is not None:
             x = x + self._attend(self.attn, self.attn_norm(x), step, cache)
+        return self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half of the block: residual stream behind the mixers in, behind the block out."""
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
