@@ -209,5 +209,30 @@ FASTLM_INLINE A load_param(const void* p, DType dtype, int64_t i, A missing = A(
   return missing;
 }
 
+template <class E, class A>
+FASTLM_INLINE void load_elements(const void* p, int64_t stride, int64_t first, int64_t count, A* to) {
+  const E* from = static_cast<const E*>(p) + first * stride;
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(to_acc(from[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(to_acc(from[i * stride]));
+  }
+}
+
+// Elements first .. first + count - 1; the dtype is looked at once.
+template <class A>
+void load_params(const void* p, DType dtype, int64_t stride, int64_t first, int64_t count, A* to) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return load_elements<float>(p, stride, first, count, to);
+    case DType::kBFloat16:
+      return load_elements<bfloat16>(p, stride, first, count, to);
+    case DType::kFloat16:
+      return load_elements<float16>(p, stride, first, count, to);
+    case DType::kFloat64:
+      return load_elements<double>(p, stride, first, count, to);
+  }
+}
+
 }  // namespace
 }  // namespace fastlm::FASTLM_CPU_LEVEL

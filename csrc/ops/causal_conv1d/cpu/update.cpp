@@ -108,9 +108,7 @@ void update_one_token(const UpdateParams& p, int64_t row, int64_t slot, int64_t 
     const int64_t c1 = min_of(c0 + kBlock, d1);
     alignas(64) A sums[kBlock];
     for (int64_t i = 0; i < kBlock; ++i) sums[i] = A(0);
-    if (p.bias != nullptr) {
-      for (int64_t d = c0; d < c1; ++d) sums[d - c0] = load_param<A>(p.bias, p.bias_dtype, d * p.bias_stride);
-    }
+    if (p.bias != nullptr) load_params(p.bias, p.bias_dtype, p.bias_stride, c0, c1 - c0, sums);
     switch (p.weight_dtype) {
       case DType::kFloat32:
         one_token_sums<T>(p, static_cast<const float*>(p.weight), x, state, c0, c1, sums);
@@ -128,7 +126,11 @@ void update_one_token(const UpdateParams& p, int64_t row, int64_t slot, int64_t 
     if (p.silu) {
       for (int64_t i = 0; i < kBlock; i += kLanes) store(sums + i, silu(load(sums + i)));
     }
-    for (int64_t d = c0; d < c1; ++d) out[d * p.out_dim_stride] = from_acc<T>(sums[d - c0]);
+    if (p.out_dim_stride == 1) {
+      for (int64_t d = c0; d < c1; d += kLanes) store_upto(out + d, load(sums + d - c0), c1 - d);
+    } else {
+      for (int64_t d = c0; d < c1; ++d) out[d * p.out_dim_stride] = from_acc<T>(sums[d - c0]);
+    }
   }
 }
 

@@ -33,10 +33,20 @@ FASTLM_INLINE VecF smaller(VecF a, VecF b) {
 FASTLM_INLINE VecD larger(VecD a, VecD b) { return a > b ? a : b; }
 
 // x[i] <- 2^x[i] for kCount vectors at once, so that their dependency chains overlap. kInRange: the caller knows that every |x|
-// is at most kExp2Range, and no clamping is needed; in that range both forms give the same bits. Outside, results below 2^-126.5
-// are 0 and above 2^127.5 infinity; NaN stays NaN.
+// is at most kExp2Range, and no clamping is needed; in that range both forms give the same bits. Outside, results below 2^-126
+// are subnormal or 0, and those above 2^127.5 infinity; NaN stays NaN.
 template <bool kInRange, int kCount>
 FASTLM_INLINE void exp2_each(VecF* x) {
+#if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
+  if constexpr (!kInRange) {  // with a rounding and a scaling instruction
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = smaller(broadcast<VecF>(200.0f), larger(broadcast<VecF>(-200.0f), x[i]));
+      const __m512 n = _mm512_roundscale_ps((__m512)x[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      x[i] = (VecF)_mm512_scalef_ps((__m512)exp2_poly5(x[i] - (VecF)n), n);
+    }
+    return;
+  }
+#endif
   const VecF magic = broadcast<VecF>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
   VecF t[kCount], r[kCount], y[kCount];
   if constexpr (!kInRange) {

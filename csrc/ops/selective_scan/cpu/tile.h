@@ -165,21 +165,5 @@ void load_projection(const Projection& x, int64_t state, int64_t padded_state, i
   }
 }
 
-// Sums over the lanes of `count` vectors. Lanes are added in order, after a transposition of as
-// many vectors; up to lanes - 1 vectors behind the last one are read.
-template <class A>
-void sum_lanes(const A* vectors, int64_t count, A* to) {
-  using V = vec_t<A>;
-  constexpr int64_t kLanes = lanes_of<A>;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    V rows[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) rows[j] = load(vectors + (i + j) * kLanes);
-    transpose(rows);
-    V sum = rows[0];
-    for (int64_t j = 1; j < kLanes; ++j) sum += rows[j];
-    store_upto(to + i, sum, count - i);
-  }
-}
-
 }  // namespace
 }  // namespace fastlm::FASTLM_CPU_LEVEL

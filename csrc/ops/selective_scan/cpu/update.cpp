@@ -1,6 +1,7 @@
 // One position of the scan per row, from and into the state: h = exp(dt A) h + dt x B, y = C h + D x, gated by z. Vectors run
 // along the N contiguous states of a channel, so the state is read and written once, in order; bound by its memory traffic, or by
 // the exponentials when it lies in the cache. The output is formed from the new state before that is rounded to its own type.
+#include "core/simd/lane_sums.h"
 #include "ops/selective_scan/cpu/exponential.h"
 #include "ops/selective_scan/cpu/kernels.h"
 #include "ops/selective_scan/cpu/tile.h"
@@ -13,15 +14,18 @@ using selective_scan::kUpdateBlock;
 using selective_scan::Parameter;
 using selective_scan::UpdateParams;
 
+// Channels that are updated together: their exponentials overlap, and what they share is loaded once.
+constexpr int kTogether = 4;
+constexpr int kSummed = 8;  // and whose products with C are summed together
+
 // What one block of channels needs besides the state, in the accumulation type.
 template <class A>
 struct Inputs {
   A step[kUpdateBlock];  // dt * log2(e): the exponent is this times A
   A in[kUpdateBlock];    // dt * x
   A x[kUpdateBlock], z[kUpdateBlock];
-  A b[kMaxState], c[kMaxState];
-  A products[(kUpdateBlock + kChannelAlign) * lanes_of<A>];  // one vector of C h per channel
-  A sums[kUpdateBlock + kChannelAlign];
+  A b[kMaxState + lanes_of<A>], c[kMaxState + lanes_of<A>];
+  A sums[kUpdateBlock + kSummed];  // C h
 };
 
 template <class T>
@@ -35,31 +39,6 @@ void load_channels(const Activation& x, int64_t row, int64_t dim, int64_t count,
   }
 }
 
-template <class E, class A>
-FASTLM_INLINE void load_elements(const void* data, int64_t stride, int64_t dim, int64_t count, A* to) {
-  const E* from = static_cast<const E*>(data) + dim * stride;
-  if (stride == 1) {
-    for (int64_t c = 0; c < count; ++c) to[c] = static_cast<A>(to_acc(from[c]));
-  } else {
-    for (int64_t c = 0; c < count; ++c) to[c] = static_cast<A>(to_acc(from[c * stride]));
-  }
-}
-
-// A parameter (D,); its dtype is looked at once, not per channel.
-template <class A>
-void load_parameter(const Parameter& x, int64_t dim, int64_t count, A* to) {
-  switch (x.dtype) {
-    case DType::kFloat32:
-      return load_elements<float>(x.data, x.dim_stride, dim, count, to);
-    case DType::kBFloat16:
-      return load_elements<bfloat16>(x.data, x.dim_stride, dim, count, to);
-    case DType::kFloat16:
-      return load_elements<float16>(x.data, x.dim_stride, dim, count, to);
-    case DType::kFloat64:
-      return load_elements<double>(x.data, x.dim_stride, dim, count, to);
-  }
-}
-
 template <class T>
 void load_inputs(const UpdateParams& p, int64_t row, int64_t dim, int64_t count, Inputs<acc_t<T>>& in) {
   using A = acc_t<T>;
@@ -70,7 +49,7 @@ void load_inputs(const UpdateParams& p, int64_t row, int64_t dim, int64_t count,
   load_channels<T>(p.dt, row, dim, count, in.step);
   if (p.z.data != nullptr) load_channels<T>(p.z, row, dim, count, in.z);
   if (p.dt_bias.data != nullptr) {
-    load_parameter(p.dt_bias, dim, count, in.in);
+    load_params(p.dt_bias.data, p.dt_bias.dtype, p.dt_bias.dim_stride, dim, count, in.in);
     for (int64_t c = 0; c < count; ++c) in.step[c] += in.in[c];
   }
   for (int64_t c = 0; c < count; c += kLanes) {
@@ -84,37 +63,87 @@ void load_inputs(const UpdateParams& p, int64_t row, int64_t dim, int64_t count,
 template <class T>
 void load_vector(const Projection& x, int64_t row, int64_t group, int64_t state, acc_t<T>* to) {
   const T* from = static_cast<const T*>(x.data) + row * x.batch_stride + group * x.group_stride;
-  for (int64_t n = 0; n < state; ++n) to[n] = to_acc(from[n * x.state_stride]);
+  if (x.state_stride == 1) {
+    for (int64_t n = 0; n < state; n += lanes_of<T>) store(to + n, load_upto(from + n, state - n));
+  } else {
+    for (int64_t n = 0; n < state; ++n) to[n] = to_acc(from[n * x.state_stride]);
+  }
 }
 
-// One vector of states: h is replaced, C h added to `sum`.
-template <class V>
-FASTLM_INLINE V step_states(V h, V a, V step, V in, V b, V c, V* sum) {
-  V decay[1] = {step * a};
-  exp2_each<false, 1>(decay);
-  h = fma(decay[0], h, in * b);
-  *sum = fma(c, h, *sum);
-  return h;
+// One vector of states of kCount channels: h is replaced, C h added to `sum`.
+template <int kCount, class V>
+FASTLM_INLINE void step_states(V* h, const V* a, const V* step, const V* in, V b, V c, V* sum) {
+  V decay[kCount];
+  for (int i = 0; i < kCount; ++i) decay[i] = step[i] * a[i];
+  exp2_each<false, kCount>(decay);
+  for (int i = 0; i < kCount; ++i) h[i] = fma(decay[i], h[i], in[i] * b);
+  for (int i = 0; i < kCount; ++i) sum[i] = fma(c, h[i], sum[i]);
 }
 
-// A channel whose state and A are contiguous.
+// Channels whose states and rows of A are contiguous: where they lie, and what they do not share.
 template <class S, class A>
-FASTLM_INLINE void update_contiguous(S* h, const A* a, int64_t state, A step, A in, const A* b, const A* c, A* product) {
+struct Channels {
+  S* h;
+  int64_t h_stride;
+  const A* a;
+  int64_t a_stride;
+  const A *step, *in;
+  A* sums;  // C h is added to them; up to kSummed - 1 behind the last one are touched
+};
+
+// kCount of them, from channel `first` on. kVectors: as many as N fills exactly, or 0: any N.
+template <int kCount, int kVectors, class S, class A>
+FASTLM_INLINE void update_together(const Channels<S, A>& p, int64_t first, int64_t state, const A* b, const A* c, vec_t<A>* sum) {
   using V = vec_t<A>;
   constexpr int64_t kLanes = lanes_of<A>;
-  const V steps = broadcast<V>(step), ins = broadcast<V>(in);
-  V sum = zero<V>();
+  S* const h = p.h + first * p.h_stride;
+  const A* const a = p.a + first * p.a_stride;
+  V steps[kCount], ins[kCount], h_now[kCount], a_now[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    steps[i] = broadcast<V>(p.step[first + i]);
+    ins[i] = broadcast<V>(p.in[first + i]);
+  }
   int64_t n = 0;
+  if (kVectors > 0) state = kVectors * kLanes;
   for (; n + kLanes <= state; n += kLanes) {
-    store(h + n, step_states(load(h + n), load(a + n), steps, ins, load(b + n), load(c + n), &sum));
+    for (int i = 0; i < kCount; ++i) {
+      h_now[i] = load(h + i * p.h_stride + n);
+      a_now[i] = load(a + i * p.a_stride + n);
+    }
+    step_states<kCount>(h_now, a_now, steps, ins, load(b + n), load(c + n), sum);
+    for (int i = 0; i < kCount; ++i) store(h + i * p.h_stride + n, h_now[i]);
   }
-  if (n < state) {
+  if (kVectors == 0 && n < state) {
     const int64_t rest = state - n;
-    const V last = step_states(load_partial(h + n, rest), load_partial(a + n, rest), steps, ins, load_partial(b + n, rest),
-                               load_partial(c + n, rest), &sum);
-    store_partial(h + n, last, rest);
+    for (int i = 0; i < kCount; ++i) {
+      h_now[i] = load_partial(h + i * p.h_stride + n, rest);
+      a_now[i] = load_partial(a + i * p.a_stride + n, rest);
+    }
+    step_states<kCount>(h_now, a_now, steps, ins, load_partial(b + n, rest), load_partial(c + n, rest), sum);
+    for (int i = 0; i < kCount; ++i) store_partial(h + i * p.h_stride + n, h_now[i], rest);
   }
-  store(product, sum);
+}
+
+// `count` of them. Not inlined: with the rest of the block in one function, constants and steps do not stay in registers.
+template <int kVectors, class S, class A>
+__attribute__((noinline)) void update_contiguous(const Channels<S, A>& p, int64_t count, int64_t state, const A* b, const A* c) {
+  for (int64_t i = 0; i < count; i += kSummed) {
+    vec_t<A> sum[kSummed] = {};
+    const int64_t here = min_of(count - i, kSummed);
+    if (here == kSummed) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kSummed; j += kTogether) update_together<kTogether, kVectors>(p, i + j, state, b, c, sum + j);
+    } else {
+      for (int64_t j = 0; j < here; ++j) update_together<1, kVectors>(p, i + j, state, b, c, sum + j);
+    }
+    add_lane_sums(sum, p.sums + i);
+  }
+}
+
+template <class S, class A>
+void update_channels(const Channels<S, A>& p, int64_t count, int64_t state, const A* b, const A* c) {
+  constexpr int kUsual = 16 / lanes_of<A>;  // N = 16
+  state == 16 ? update_contiguous<kUsual>(p, count, state, b, c) : update_contiguous<0>(p, count, state, b, c);
 }
 
 // `S`: element type of the state; rows of any stride go through two small buffers.
@@ -126,6 +155,7 @@ void update_block(const UpdateParams& p, int64_t row, int64_t slot, int64_t dim,
   load_inputs<T>(p, row, dim, count, in);
   const bool plain = p.A.dtype == DTypeOf<A>::value && p.A.state_stride == 1 && p.state_state_stride == 1;
   const int64_t dim_b = p.dim / p.B.groups, dim_c = p.dim / p.C.groups;  // channels per group
+  for (int64_t c = 0; c < kUpdateBlock + kSummed; ++c) in.sums[c] = A(0);
   S* const rows = static_cast<S*>(p.state_data) + slot * p.state_batch_stride;
   for (int64_t c = 0; c < count;) {
     // Channels up to the next border of a group share B and C; no division per channel.
@@ -133,29 +163,27 @@ void update_block(const UpdateParams& p, int64_t row, int64_t slot, int64_t dim,
     const int64_t end = min_of(count, min_of((group_b + 1) * dim_b, (group_c + 1) * dim_c) - dim);
     load_vector<T>(p.B, row, group_b, p.state, in.b);
     load_vector<T>(p.C, row, group_c, p.state, in.c);
+    S* const h = rows + dim * p.state_dim_stride;
+    if (plain) {
+      const int64_t hs = p.state_dim_stride, as = p.A.dim_stride;
+      const A* a = static_cast<const A*>(p.A.data) + dim * as;
+      update_channels<S, A>({h + c * hs, hs, a + c * as, as, in.step + c, in.in + c, in.sums + c}, end - c, p.state, in.b, in.c);
+      c = end;
+    }
     for (; c < end; ++c) {
-      const int64_t d = dim + c;
-      S* h = rows + d * p.state_dim_stride;
-      A* product = in.products + c * kLanes;
-      if (plain) {
-        const A* a = static_cast<const A*>(p.A.data) + d * p.A.dim_stride;
-        update_contiguous(h, a, p.state, in.step[c], in.in[c], in.b, in.c, product);
-        continue;
-      }
       A a_row[kMaxState];
       S h_row[kMaxState];
+      S* const from = h + c * p.state_dim_stride;
       for (int64_t n = 0; n < p.state; ++n) {
-        a_row[n] = load_param<A>(p.A.data, p.A.dtype, d * p.A.dim_stride + n * p.A.state_stride);
-        h_row[n] = h[n * p.state_state_stride];
+        a_row[n] = load_param<A>(p.A.data, p.A.dtype, (dim + c) * p.A.dim_stride + n * p.A.state_stride);
+        h_row[n] = from[n * p.state_state_stride];
       }
-      update_contiguous(h_row, a_row, p.state, in.step[c], in.in[c], in.b, in.c, product);
-      for (int64_t n = 0; n < p.state; ++n) h[n * p.state_state_stride] = h_row[n];
+      update_channels<S, A>({h_row, 0, a_row, 0, in.step + c, in.in + c, in.sums + c}, 1, p.state, in.b, in.c);
+      for (int64_t n = 0; n < p.state; ++n) from[n * p.state_state_stride] = h_row[n];
     }
   }
-  for (int64_t i = count * kLanes; i < ceil_div(count, kLanes) * kLanes * kLanes; ++i) in.products[i] = A(0);
-  sum_lanes(in.products, count, in.sums);
   if (p.D.data != nullptr) {
-    load_parameter(p.D, dim, count, in.step);  // the steps are used up
+    load_params(p.D.data, p.D.dtype, p.D.dim_stride, dim, count, in.step);  // the steps are used up
     for (int64_t c = 0; c < count; ++c) in.sums[c] += in.step[c] * in.x[c];
   }
   T* out = static_cast<T*>(p.out.data) + row * p.out.batch_stride + dim;
