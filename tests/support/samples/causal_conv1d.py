@@ -161,5 +161,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "no_batch": partial(_update, 0),
         "no_new": partial(_update, new=0),
         "wide": partial(_update, 2, 70),
+        "dense": partial(_update, 2, 83, size=3),
+        "dense_bfloat16": partial(_update, 2, 83, size=3, dtype=torch.bfloat16),
+        "dense_float16": partial(_update, 2, 83, size=3, dtype=torch.float16, bias=False),
     },
 }
