@@ -168,9 +168,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     for place, text in ((found["sizes"]["window"], "window"), (found["sizes"]["length"], "longest trained")):
         axes.axvline(place, ls=":", color="gray")
         axes.text(place * 1.05, 0.03, text, color="gray", fontsize=8)
-    axes.set(xscale="log", xlabel="tokens in the text", ylabel="answers right", ylim=(0, 1.03))
+    axes.set(xlabel="tokens in the text", ylabel="answers right", ylim=(0, 1.03))
     axes.set_xscale("log", base=2)
-    axes.legend(loc="lower right")
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+    axes.legend(loc="center left")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
