@@ -60,7 +60,7 @@ bool stage_vector(A* tile, int64_t length, bool softplus, bool gate, const A* bi
     store(tile + kStep * kTile<A>, step);
     store(tile + kSlope * kTile<A>, slope);
     store(tile + kStepIn * kTile<A>, step * load(tile + kInput * kTile<A>));
-    longest = larger(absolute(step), longest);
+    longest = max(absolute(step), longest);
     store(tile + kSumB * kTile<A>, zero<V>());
     store(tile + kSumDecay * kTile<A>, zero<V>());
     if (gate) {

@@ -11,27 +11,6 @@ namespace {
 // |x| up to here: 2^x and every step towards it are normal numbers.
 constexpr float kExp2Range = 125.0f;
 
-// The larger or smaller of two values; where a lane of `a` is NaN, `b`.
-FASTLM_INLINE VecF larger(VecF a, VecF b) {
-#if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
-  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(FASTLM_SIMD_256)
-  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-FASTLM_INLINE VecF smaller(VecF a, VecF b) {
-#if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
-  return (VecF)_mm512_min_ps((__m512)a, (__m512)b);
-#elif defined(FASTLM_SIMD_256)
-  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-FASTLM_INLINE VecD larger(VecD a, VecD b) { return a > b ? a : b; }
-
 // x[i] <- 2^x[i] for kCount vectors at once, so that their dependency chains overlap. kInRange: the caller knows that every |x|
 // is at most kExp2Range, and no clamping is needed; in that range both forms give the same bits. Outside, results below 2^-126
 // are subnormal or 0, and those above 2^127.5 infinity; NaN stays NaN.
@@ -40,7 +19,7 @@ FASTLM_INLINE void exp2_each(VecF* x) {
 #if defined(__AVX512F__) && defined(FASTLM_SIMD_512)
   if constexpr (!kInRange) {  // with a rounding and a scaling instruction
     for (int i = 0; i < kCount; ++i) {
-      x[i] = smaller(broadcast<VecF>(200.0f), larger(broadcast<VecF>(-200.0f), x[i]));
+      x[i] = min(broadcast<VecF>(200.0f), max(broadcast<VecF>(-200.0f), x[i]));
       const __m512 n = _mm512_roundscale_ps((__m512)x[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       x[i] = (VecF)_mm512_scalef_ps((__m512)exp2_poly5(x[i] - (VecF)n), n);
     }
@@ -52,7 +31,7 @@ FASTLM_INLINE void exp2_each(VecF* x) {
   if constexpr (!kInRange) {
     for (int i = 0; i < kCount; ++i) {
       // Constants first: NaN stays NaN.
-      x[i] = smaller(broadcast<VecF>(128.0f), larger(broadcast<VecF>(-127.0f), x[i]));
+      x[i] = min(broadcast<VecF>(128.0f), max(broadcast<VecF>(-127.0f), x[i]));
     }
   }
   for (int i = 0; i < kCount; ++i) t[i] = x[i] + magic;
@@ -95,25 +74,25 @@ FASTLM_INLINE VecF add_log1p(VecF x, VecF e) {
 }
 
 // e^-|x|, but no less than 1.6e-38.
-FASTLM_INLINE VecF exp_minus_abs(VecF x) { return exp_bounded(larger(broadcast<VecF>(-87.0f), (VecF)((VecI)x | INT32_MIN))); }
+FASTLM_INLINE VecF exp_minus_abs(VecF x) { return exp_bounded(max(broadcast<VecF>(-87.0f), (VecF)((VecI)x | INT32_MIN))); }
 
 // 1 / (1 + e^-x), no less than 1.6e-38.
 FASTLM_INLINE VecF gate_sigmoid(VecF x) {
-  const VecF e = exp_bounded(smaller(broadcast<VecF>(87.0f), larger(broadcast<VecF>(-87.0f), -x)));
+  const VecF e = exp_bounded(min(broadcast<VecF>(87.0f), max(broadcast<VecF>(-87.0f), -x)));
   return 1.0f / (1.0f + e);
 }
 FASTLM_INLINE VecD gate_sigmoid(VecD x) { return sigmoid(x); }
 
 // Step size. In fp32 log(1 + e^x) equals x from x = 17 on, so the threshold of 20 beyond which softplus is the identity needs no
 // test.
-FASTLM_INLINE VecF step_softplus(VecF x) { return add_log1p(larger(x, zero<VecF>()), exp_minus_abs(x)); }
+FASTLM_INLINE VecF step_softplus(VecF x) { return add_log1p(max(x, zero<VecF>()), exp_minus_abs(x)); }
 FASTLM_INLINE VecD step_softplus(VecD x) { return softplus(x); }
 
 // Step size and its derivative by the raw value.
 FASTLM_INLINE VecF step_softplus(VecF x, VecF* slope) {
   const VecF e = exp_minus_abs(x);
   *slope = (x < 0.0f ? e : broadcast<VecF>(1.0f)) / (1.0f + e);
-  return add_log1p(larger(x, zero<VecF>()), e);
+  return add_log1p(max(x, zero<VecF>()), e);
 }
 FASTLM_INLINE VecD step_softplus(VecD x, VecD* slope) {
   *slope = x > 20.0 ? broadcast<VecD>(1.0) : sigmoid(x);

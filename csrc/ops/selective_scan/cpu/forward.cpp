@@ -158,7 +158,7 @@ bool stage_steps(int64_t length, bool softplus, const A* bias_ptr, const A* skip
     V step = load(dt + t * kLanes) + bias;
     if (softplus) step = step_softplus(step);
     const V u = load(du + t * kLanes);
-    longest = larger(absolute(step), longest);
+    longest = max(absolute(step), longest);
     store(dt + t * kLanes, step);
     store(du + t * kLanes, step * u);
     store(y + t * kLanes, skip * u);
