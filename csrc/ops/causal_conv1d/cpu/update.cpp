@@ -1,8 +1,7 @@
 // Depthwise causal convolution, decoding step of one or m tokens: the state holds the last inputs of each channel, oldest first
 // (shifted in place), or is a ring in which token number n lies at slot n mod S. The filter's window is carried through the m
 // tokens in registers, so a state shorter than W-1+m is enough.
-#include <utility>
-
+#include "core/simd/strided.h"
 #include "ops/causal_conv1d/cpu/kernels.h"
 #include "ops/causal_conv1d/cpu/taps.h"
 
@@ -75,42 +74,22 @@ FASTLM_INLINE void one_token_dense(const P* __restrict__ weight, const T* __rest
   }
 }
 
-// bf16 with a filter of 4: a vector of channels at a time, taken apart by shuffles (the compiler goes channel by channel).
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));  // twice the lanes of a VecF
-
-FASTLM_INLINE VecF as_floats(VecH h) { return (VecF)(widen(h) << 16); }
-
-template <int... kLane, int... kHalf>
-FASTLM_INLINE void one_token_bf16(const bfloat16* weight, const bfloat16* x, bfloat16* state, float* sums,
-                                  std::integer_sequence<int, kLane...>, std::integer_sequence<int, kHalf...>) {
-  constexpr int kLanes = kLanesF;
-  VecI w[2];
-  __builtin_memcpy(w, weight, sizeof(w));
-  const VecI even = __builtin_shufflevector(w[0], w[1], (2 * kLane)...),
-             odd = __builtin_shufflevector(w[0], w[1], (2 * kLane + 1)...);
+// bf16 with a filter of 4, a vector of channels: taken apart by shuffles, for the compiler goes channel by channel.
+FASTLM_INLINE void one_token_bf16(const bfloat16* weight, const bfloat16* x, bfloat16* state, float* sums) {
+  const auto as_floats = [](VecH h) { return (VecF)(widen(h) << 16); };
   const VecI upper = static_cast<int32_t>(0xffff0000u) - VecI{};
-  Halves low, high = {};  // 3 inputs of each channel, one channel after the other: elements 0 .. 3 * lanes - 1 of the two
-  __builtin_memcpy(&low, state, sizeof(low));
-  __builtin_memcpy(&high, state + 2 * kLanes, sizeof(high) / 2);
-  VecH now;
+  VecI pairs[2], first, second;  // taps (0, 1) and (2, 3) of each channel
+  __builtin_memcpy(pairs, weight, sizeof(pairs));
+  split_twos(pairs, first, second);
+  VecH past[3], now;
+  load_threes(state, past);
   __builtin_memcpy(&now, x, sizeof(now));
-
   VecF sum = load(sums);
-  sum = fma((VecF)(even << 16), as_floats(__builtin_shufflevector(low, high, (3 * kLane)...)), sum);
-  sum = fma((VecF)(even & upper), as_floats(__builtin_shufflevector(low, high, (3 * kLane + 1)...)), sum);
-  sum = fma((VecF)(odd << 16), as_floats(__builtin_shufflevector(low, high, (3 * kLane + 2)...)), sum);
-  store(sums, fma((VecF)(odd & upper), as_floats(now), sum));
-
-  // Every element gives way to the next; the third of a channel to the new input.
-  Halves input = {};
-  __builtin_memcpy(&input, &now, sizeof(now));
-  const Halves moved = __builtin_shufflevector(low, high, (kHalf + 1)...);
-  const VecH moved_end = __builtin_shufflevector(low, high, (kLane + 2 * kLanes + 1)...);
-  low = __builtin_shufflevector(moved, input, (kHalf % 3 == 2 ? 2 * kLanes + kHalf / 3 : kHalf)...);
-  const VecH end =
-      __builtin_shufflevector(moved_end, now, ((kLane + 2 * kLanes) % 3 == 2 ? kLanes + (kLane + 2 * kLanes) / 3 : kLane)...);
-  __builtin_memcpy(state, &low, sizeof(low));
-  __builtin_memcpy(state + 2 * kLanes, &end, sizeof(end));
+  sum = fma((VecF)(first << 16), as_floats(past[0]), sum);
+  sum = fma((VecF)(first & upper), as_floats(past[1]), sum);
+  sum = fma((VecF)(second << 16), as_floats(past[2]), sum);
+  store(sums, fma((VecF)(second & upper), as_floats(now), sum));
+  store_threes(state, past[1], past[2], now);
 }
 
 template <>
@@ -118,8 +97,7 @@ FASTLM_INLINE void one_token_dense<4, bfloat16, bfloat16>(const bfloat16* __rest
                                                           bfloat16* __restrict__ state, int64_t count, float* __restrict__ sums) {
   int64_t d = 0;
   for (; d + kLanesF <= count; d += kLanesF) {
-    one_token_bf16(weight + d * 4, x + d, state + d * 3, sums + d, std::make_integer_sequence<int, kLanesF>{},
-                   std::make_integer_sequence<int, 2 * kLanesF>{});
+    one_token_bf16(weight + d * 4, x + d, state + d * 3, sums + d);
   }
   for (; d < count; ++d) {
     for (int j = 0; j < 3; ++j) sums[d] += to_acc(weight[d * 4 + j]) * to_acc(state[d * 3 + j]);
