@@ -3,14 +3,15 @@ the chunk before, and both mixers run in one `scan_swa`.
 
 Block `l` meets chunk `c` at step `l + c`: what it needs, the same chunk behind block `l - 1` and its own state after chunk `c - 1`,
 is of step `l + c - 1`. So as many chunks are on their way as there are blocks, and their activations are held: memory does not
-grow with the prompt, but is larger than chunk by chunk. Every chunk gets the bits it would get by itself.
+grow with the prompt, but is larger than chunk by chunk. A chunk of several tokens gets the bits it would get by
+itself; one of a single token goes through the layers here, where alone it would go through `samba_decode_step`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def prefill_wavefront(
         chunks: `input_ids` and `cu_seqlens` of each, as `SambaModel.forward` takes them.
         cache: one row per sequence. Its positions run ahead of what is returned, so take all chunks.
     """
-    blocks: list[SambaBlock] = list(model.layers)  # type: ignore[arg-type]
+    blocks = cast("list[SambaBlock]", list(model.layers))
     waiting: list[_Waiting | None] = [None] * len(blocks)  # in front of each block
     coming = iter(chunks)
     while True:
