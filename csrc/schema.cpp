@@ -73,6 +73,27 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "Tensor attn_w3, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor cache_seqlens, *, int[2] window_size, float eps=1e-5, "
       "float? softmax_scale=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None) -> Tensor");
 
+  // ---- moe_dispatch -------------------------------------------------------------------------------------------------
+  // Stable counting sort of a router's picks by expert: where each expert's rows begin, and both directions of the permutation.
+  m.def("moe_plan(Tensor topk_ids, SymInt num_experts) -> (Tensor offsets, Tensor perm, Tensor inv)");
+  // One product per group of rows, each with its own matrix; empty groups and rows behind the last group allowed.
+  m.def("grouped_gemm(Tensor a, Tensor b, Tensor offsets, *, bool trans_b=True) -> Tensor");
+  // Gradients of both matrices; that of an empty group's matrix is 0.
+  m.def(
+      "grouped_gemm_backward(Tensor dout, Tensor a, Tensor b, Tensor offsets, *, bool trans_b, bool need_da, bool need_db) -> "
+      "(Tensor da, Tensor db)");
+  // Weighted sum over each token's experts of down_proj[e] (act(gate) * up), no token dropped. gate_up feeds the backward pass.
+  m.def(
+      "moe_experts(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_ids, Tensor topk_weights, "
+      "Tensor? gate_up_proj_bias=None, Tensor? down_proj_bias=None, Tensor? grad_weights=None, *, str activation=\"silu\", "
+      "bool keep_gate_up=False) -> (Tensor out, Tensor gate_up)");
+  // One gradient per floating input but grad_weights; gate_up is recomputed where it is (0,).
+  m.def(
+      "moe_experts_backward(Tensor dout, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_ids, "
+      "Tensor topk_weights, Tensor? gate_up_proj_bias, Tensor? down_proj_bias, Tensor? grad_weights, Tensor gate_up, *, "
+      "str activation, bool need_dhidden_states, bool need_dproj, bool need_dtopk_weights) -> (Tensor dhidden_states, "
+      "Tensor dgate_up_proj, Tensor ddown_proj, Tensor dtopk_weights, Tensor dgate_up_proj_bias, Tensor ddown_proj_bias)");
+
   // ---- slm_loss -----------------------------------------------------------------------------------------------------
   // Per-token negative log-likelihood, log-sum-exp and entropy of a linear head; ignored tokens have 0. No (T, V) buffer.
   m.def(

@@ -59,6 +59,8 @@ def _argument(argument: torch.Argument) -> str:
     if not argument.has_default_value():
         return text
     default = argument.default_value
+    if isinstance(default, str):
+        return f'{text} = "{default}"'
     return f"{text} = {tuple(default) if isinstance(default, list) else default!r}"
 
 

@@ -33,6 +33,17 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor: ...
+def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, *, trans_b: bool = True) -> Tensor: ...
+def grouped_gemm_backward(
+    dout: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    *,
+    trans_b: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor]: ...
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -60,6 +71,37 @@ def linear_nll_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def moe_experts(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj_bias: Tensor | None = None,
+    down_proj_bias: Tensor | None = None,
+    grad_weights: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    keep_gate_up: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+def moe_experts_backward(
+    dout: Tensor,
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj_bias: Tensor | None,
+    down_proj_bias: Tensor | None,
+    grad_weights: Tensor | None,
+    gate_up: Tensor,
+    *,
+    activation: str,
+    need_dhidden_states: bool,
+    need_dproj: bool,
+    need_dtopk_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def moe_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]: ...
 def samba_decode_step(
     hidden: Tensor,
     mamba_norm: Tensor,

@@ -13,6 +13,7 @@ import torch
 
 from fastlm._registration import (
     causal_conv1d,
+    moe_dispatch,
     samba_decode_step,
     scan_swa,
     selective_scan,
@@ -27,6 +28,7 @@ FAMILIES = (
     sliding_window_attention,
     scan_swa,
     samba_decode_step,
+    moe_dispatch,
     slm_loss,
 )
 

@@ -1,6 +1,7 @@
 """The operators as typed Python functions. Each is one call of `torch.ops.fastlm.<name>`."""
 
 from fastlm.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from fastlm.ops.moe_dispatch import grouped_gemm, moe_experts, moe_plan
 from fastlm.ops.samba_decode_step import samba_decode_step
 from fastlm.ops.scan_swa import scan_swa
 from fastlm.ops.selective_scan import selective_scan, selective_state_update
@@ -10,8 +11,11 @@ from fastlm.ops.slm_loss import linear_cross_entropy, linear_nll
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "grouped_gemm",
     "linear_cross_entropy",
     "linear_nll",
+    "moe_experts",
+    "moe_plan",
     "samba_decode_step",
     "scan_swa",
     "selective_scan",
