@@ -30,6 +30,7 @@ FUNCTIONAL = [name for name in SCHEMAS if name not in IN_PLACE]
 DIFFERENTIABLE = [name for name in SCHEMAS if f"{name}_backward" in SCHEMAS]
 
 FLOATING = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+INDEX = {torch.int32, torch.int64}
 
 
 def family_of(op: str) -> str:
@@ -116,13 +117,17 @@ def test_samples(op):
     """Every dtype, something empty, something strided, every optional tensor."""
     calls = [sample.build() for sample in samples.of(op)]
     inputs = [[t for t in tensors((call.args, call.kwargs)) if t.is_floating_point()] for call in calls]
+    wanted = FLOATING
+    if not any(inputs):  # an operator on indices
+        inputs, wanted = [tensors((call.args, call.kwargs)) for call in calls], INDEX
     dtypes = {t.dtype for found in inputs for t in found}
-    assert dtypes >= FLOATING, f"{op}: no sample with {FLOATING - dtypes}"
+    assert dtypes >= wanted, f"{op}: no sample with {wanted - dtypes}"
     assert any(t.numel() == 0 for found in inputs for t in found), f"{op}: no sample with a size of 0"
     assert any(not t.is_contiguous() for found in inputs for t in found), f"{op}: no strided sample"
     arguments = SCHEMAS[op].arguments
     given = {name for call in calls for name, a in call.kwargs.items() if a is not None}
     given |= {arguments[i].name for call in calls for i, a in enumerate(call.args) if a is not None}
+    given |= set(samples.SET_BY_THE_FUNCTION.get(op, ()))
     missing = [a.name for a in arguments if a.name not in given and a.has_default_value()]
     assert not missing, f"{op}: no sample gives {', '.join(missing)}"
 

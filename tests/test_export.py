@@ -32,6 +32,12 @@ GROWING = {
         "model",
         {"hidden": 0, "conv_state": 0, "scan_state": 0, "k_cache": 0, "v_cache": 0, "cache_seqlens": 0},
     ),
+    "moe_plan": ("plain", {"topk_ids": 0}),
+    "grouped_gemm": ("rows_behind", {"a": 0}),
+    "moe_experts": (
+        "everything",
+        {"hidden_states": 0, "topk_ids": 0, "topk_weights": 0, "grad_weights": 0},
+    ),
     "linear_nll": ("entropy", {"hidden": 0, "labels": 0}),
 }
 

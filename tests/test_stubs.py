@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastlm import _ops, ops, reference
+from tests.support import samples
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +35,10 @@ def test_the_stub_is_what_the_schemas_say():
     assert ops_stub.STUB.read_text() == ops_stub.stub_text(), "run python tools/ops_stub.py"
 
 
+def test_words_are_quoted_as_the_formatter_quotes_them():
+    assert '    activation: str = "silu",\n' in ops_stub.stub_text()
+
+
 def test_the_stub_names_what_is_written_in_place():
     text = ops_stub.stub_text()
     assert "    conv_state: Tensor,  # written in place\n" in text
@@ -54,7 +59,8 @@ def test_nothing_else_is_bound():
 def test_the_public_function_takes_what_the_operator_takes(name):
     """Same names; same order of what both take by position; same defaults."""
     public = parameters(getattr(ops, name))
-    schema = {argument.name: argument for argument in SCHEMAS[name].arguments}
+    hidden = samples.SET_BY_THE_FUNCTION.get(name, ())
+    schema = {argument.name: argument for argument in SCHEMAS[name].arguments if argument.name not in hidden}
     missing = [argument for argument in schema if argument not in public]
     assert not missing, f"{name}: the public function lacks {missing}"
 

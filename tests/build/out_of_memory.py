@@ -31,6 +31,10 @@ NEED_MEMORY = {
     "sliding_window_attention",
     "sliding_window_attention_backward",
     "scan_swa",
+    "grouped_gemm",
+    "grouped_gemm_backward",
+    "moe_experts",
+    "moe_experts_backward",
     "linear_nll",
     "linear_nll_backward",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from tests.support.samples import (
     causal_conv1d,
+    moe_dispatch,
     samba_decode_step,
     scan_swa,
     selective_scan,
@@ -24,8 +25,12 @@ FAMILIES = {
     "sliding_window_attention": sliding_window_attention,
     "samba_decode_step": samba_decode_step,
     "scan_swa": scan_swa,
+    "moe_dispatch": moe_dispatch,
     "slm_loss": slm_loss,
 }
+
+# Arguments that the public function gives its operator by itself: no sample has them, the tests of the family do.
+SET_BY_THE_FUNCTION = {"moe_experts": ("keep_gate_up",)}
 
 
 def operators() -> tuple[str, ...]:
@@ -48,4 +53,4 @@ def of(op: str, *words: str) -> list[Sample]:
     raise LookupError(f"no samples for operator {op}: add them to tests/support/samples/<family>.py")
 
 
-__all__ = ["FAMILIES", "Call", "Recipe", "Sample", "of", "operators"]
+__all__ = ["FAMILIES", "SET_BY_THE_FUNCTION", "Call", "Recipe", "Sample", "of", "operators"]
