@@ -1,8 +1,7 @@
 // Norms and products of one token: y = x W^T with W read once, in order. Bound by the memory that W lies in. Vectors run along
 // the rows of W; a few rows and two tokens share what is loaded. An element is summed in the same order whatever rows and tokens
 // are computed beside it. Results are rounded where a layer of its own would round.
-#include "core/simd/lane_sums.h"
-#include "core/simd/simd.h"
+#include "core/simd/dots.h"
 #include "ops/samba_decode_step/cpu/kernels.h"
 
 namespace fastlm::FASTLM_CPU_LEVEL {
@@ -54,56 +53,20 @@ void form_decay(const Decay& p, int64_t begin, int64_t end) {
   }
 }
 
-// Rows of W that are worked on together: as many vectors as one tree of sums takes. Tokens: so many that the sums fit the
-// registers.
-constexpr int kRows = 8, kTokens = 2;
-
-// Rows `rows[0 .. kRows)` of W times `kCount` tokens. The rows behind them, which come next, are fetched meanwhile: each begins
-// on another page, where a hardware prefetcher would have to find its way anew.
-template <class T, int kCount>
-FASTLM_INLINE void dots(const T* const (&rows)[kRows], int64_t stride, const T* x, int64_t x_stride, int64_t n,
-                        acc_t<T> (&sums)[kTokens][kRows]) {
-  using V = vec_t<T>;
-  constexpr int64_t kLanes = lanes_of<T>;
-  V sum[kCount][kRows] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) {
-    V token[kCount];
-#pragma GCC unroll 2
-    for (int t = 0; t < kCount; ++t) token[t] = load(x + t * x_stride + k);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      __builtin_prefetch(rows[r] + kRows * stride + k, 0, 3);
-      const V w = load(rows[r] + k);
-#pragma GCC unroll 2
-      for (int t = 0; t < kCount; ++t) sum[t][r] = fma(w, token[t], sum[t][r]);
-    }
-  }
-  if (k < n) {
-    for (int r = 0; r < kRows; ++r) {
-      const V w = load_partial(rows[r] + k, n - k);
-      for (int t = 0; t < kCount; ++t) sum[t][r] = fma(w, load_partial(x + t * x_stride + k, n - k), sum[t][r]);
-    }
-  }
-  for (int t = 0; t < kCount; ++t) {
-    for (int r = 0; r < kRows; ++r) sums[t][r] = acc_t<T>(0);
-    add_lane_sums(sum[t], sums[t]);
-  }
-}
-
-// Rows [row, end) of W, at most kRows, times tokens from `token` on, at most kTokens; rounded as a layer would.
+// Rows [row, end) of W, at most kDotRows, times tokens from `token` on, at most kDotTokens; rounded as a layer would.
 template <class T>
 FASTLM_INLINE void multiply(const Product& p, const void* weight, int64_t stride, int64_t row, int64_t end, int64_t token,
-                            acc_t<T> (&sums)[kTokens][kRows]) {
-  const T* rows[kRows];
-  for (int r = 0; r < kRows; ++r) rows[r] = static_cast<const T*>(weight) + min_of(row + r, end - 1) * stride;
-  const T* x = static_cast<const T*>(p.x) + token * p.x_stride;
+                            acc_t<T> (&sums)[kDotTokens][kDotRows]) {
+  const T* rows[kDotRows];
+  for (int r = 0; r < kDotRows; ++r) rows[r] = static_cast<const T*>(weight) + min_of(row + r, end - 1) * stride;
+  const T* first = static_cast<const T*>(p.x) + token * p.x_stride;
+  const T* const x[kDotTokens] = {first, first + p.x_stride};
   if (p.batch - token > 1) {
-    dots<T, 2>(rows, stride, x, p.x_stride, p.in, sums);
+    dots<T, 2>(rows, stride, x, p.in, sums);
   } else {
-    dots<T, 1>(rows, stride, x, p.x_stride, p.in, sums);
+    dots<T, 1>(rows, stride, x, p.in, sums);
   }
-  for (int t = 0; t < kTokens && token + t < p.batch; ++t) {
+  for (int t = 0; t < kDotTokens && token + t < p.batch; ++t) {
     for (acc_t<T>& value : sums[t]) value = to_acc(from_acc<T>(value));
   }
 }
@@ -111,12 +74,12 @@ FASTLM_INLINE void multiply(const Product& p, const void* weight, int64_t stride
 // Calls use(row, token, value) with every element of x W^T of rows [begin, end).
 template <class T, class Use>
 FASTLM_INLINE void multiply_rows(const Product& p, int64_t begin, int64_t end, const Use& use) {
-  for (int64_t row = begin; row < end; row += kRows) {
-    for (int64_t token = 0; token < p.batch; token += kTokens) {
-      acc_t<T> sums[kTokens][kRows] = {};
+  for (int64_t row = begin; row < end; row += kDotRows) {
+    for (int64_t token = 0; token < p.batch; token += kDotTokens) {
+      acc_t<T> sums[kDotTokens][kDotRows] = {};
       multiply<T>(p, p.weight, p.weight_stride, row, end, token, sums);
-      for (int t = 0; t < kTokens && token + t < p.batch; ++t) {
-        for (int r = 0; r < kRows && row + r < end; ++r) use(row + r, token + t, sums[t][r]);
+      for (int t = 0; t < kDotTokens && token + t < p.batch; ++t) {
+        for (int r = 0; r < kDotRows && row + r < end; ++r) use(row + r, token + t, sums[t][r]);
       }
     }
   }
@@ -140,17 +103,17 @@ void multiply_gate(const Product& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t kLanes = lanes_of<T>;
   T* y = static_cast<T*>(p.y);
-  for (int64_t row = begin; row < end; row += kRows) {
-    for (int64_t token = 0; token < p.batch; token += kTokens) {
-      A opened[kTokens][kRows] = {}, gated[kTokens][kRows] = {};
+  for (int64_t row = begin; row < end; row += kDotRows) {
+    for (int64_t token = 0; token < p.batch; token += kDotTokens) {
+      A opened[kDotTokens][kDotRows] = {}, gated[kDotTokens][kDotRows] = {};
       multiply<T>(p, p.weight, p.weight_stride, row, end, token, opened);
       multiply<T>(p, p.gated, p.gated_stride, row, end, token, gated);
-      for (int t = 0; t < kTokens && token + t < p.batch; ++t) {
-        for (int64_t r = 0; r < kRows; r += kLanes) {
-          const int64_t count = min_of(kLanes, kRows - r);
+      for (int t = 0; t < kDotTokens && token + t < p.batch; ++t) {
+        for (int64_t r = 0; r < kDotRows; r += kLanes) {
+          const int64_t count = min_of(kLanes, kDotRows - r);
           store_upto(opened[t] + r, silu(load_upto(opened[t] + r, count)), count);
         }
-        for (int64_t r = 0; r < kRows && row + r < end; ++r) {
+        for (int64_t r = 0; r < kDotRows && row + r < end; ++r) {
           y[(token + t) * p.y_stride + row + r] = from_acc<T>(to_acc(from_acc<T>(opened[t][r])) * gated[t][r]);
         }
       }

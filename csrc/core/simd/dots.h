@@ -1,0 +1,49 @@
+// A few rows of a matrix times one or two vectors, straight from memory: what is left of a matrix product when memory bounds it.
+// Vectors run along the rows. An element is summed in the same order whatever rows and tokens are computed beside it. Per-level
+// code.
+#pragma once
+
+#include "core/simd/lane_sums.h"
+
+namespace fastlm::FASTLM_CPU_LEVEL {
+namespace {
+
+// Rows of W that are worked on together: as many vectors as one tree of sums takes. Tokens: so many that the sums fit the
+// registers.
+constexpr int kDotRows = 8, kDotTokens = 2;
+
+// Rows `rows[0 .. kDotRows)` of W, `stride` apart, times `kCount` tokens, `n` elements each. The rows behind them, which come
+// next, are fetched meanwhile: each begins on another page, where a hardware prefetcher would have to find its way anew.
+template <class T, int kCount>
+FASTLM_INLINE void dots(const T* const (&rows)[kDotRows], int64_t stride, const T* const (&x)[kDotTokens], int64_t n,
+                        acc_t<T> (&sums)[kDotTokens][kDotRows]) {
+  using V = vec_t<T>;
+  constexpr int64_t kLanes = lanes_of<T>;
+  V sum[kCount][kDotRows] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) {
+    V token[kCount];
+#pragma GCC unroll 2
+    for (int t = 0; t < kCount; ++t) token[t] = load(x[t] + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kDotRows; ++r) {
+      __builtin_prefetch(rows[r] + kDotRows * stride + k, 0, 3);
+      const V w = load(rows[r] + k);
+#pragma GCC unroll 2
+      for (int t = 0; t < kCount; ++t) sum[t][r] = fma(w, token[t], sum[t][r]);
+    }
+  }
+  if (k < n) {
+    for (int r = 0; r < kDotRows; ++r) {
+      const V w = load_partial(rows[r] + k, n - k);
+      for (int t = 0; t < kCount; ++t) sum[t][r] = fma(w, load_partial(x[t] + k, n - k), sum[t][r]);
+    }
+  }
+  for (int t = 0; t < kCount; ++t) {
+    for (int r = 0; r < kDotRows; ++r) sums[t][r] = acc_t<T>(0);
+    add_lane_sums(sum[t], sums[t]);
+  }
+}
+
+}  // namespace
+}  // namespace fastlm::FASTLM_CPU_LEVEL

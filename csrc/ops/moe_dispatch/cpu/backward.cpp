@@ -1,0 +1,309 @@
+// Gradients of products of groups of rows, of the activation between two of them, and of what each pick counts. Every operand
+// lies in memory as one of the products wants it, or has its rows interleaved in pairs: nothing is transposed. Sums of a weight's
+// gradient run over all rows of an expert in the accumulation type and are rounded once. Bound by the products.
+#include "core/scratch.h"
+#include "ops/moe_dispatch/cpu/activation.h"
+#include "ops/moe_dispatch/cpu/kernels.h"
+#include "ops/moe_dispatch/cpu/weight_block.h"
+
+namespace fastlm::FASTLM_CPU_LEVEL {
+namespace {
+
+using moe_dispatch::BiasGradient;
+using moe_dispatch::GateBackward;
+using moe_dispatch::Outer;
+using moe_dispatch::PickGradient;
+using moe_dispatch::RowProduct;
+using moe_dispatch::Source;
+
+template <class A>
+FASTLM_INLINE void store_param(void* p, DType dtype, int64_t i, A value) {
+  switch (dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = static_cast<float>(value);
+      break;
+    case DType::kBFloat16:
+      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(value));
+      break;
+    case DType::kFloat16:
+      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(value));
+      break;
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = static_cast<double>(value);
+      break;
+  }
+}
+
+// Where the results of one row and a vector of columns go: rows of A, and pairs of rows along the depth.
+template <class E>
+struct Layouts {
+  using V = vec_t<operand_acc<E>>;
+  static constexpr int64_t kN = kPackedColumns<E>;
+  E* rows;  // of the group: (k / N, padded, N)
+  int64_t padded;
+  E* depths;  // of the group: (columns / N, packed_rows in operands, N)
+  int64_t operand_rows;
+
+  // Rows `row` and `row + 1` of the group; `second` is 0 where there is no such row.
+  FASTLM_INLINE void write(int64_t row, int64_t column, V first, V second, bool has_second) const {
+    if constexpr (depth_per_operand<E> == 1) {
+      if (rows != nullptr) store(rows + (column / kN * padded + row) * kN + column % kN, first);
+      if (depths != nullptr) store(depths + (column / kN * operand_rows + row) * kN + column % kN, first);
+      if (!has_second) return;
+      if (rows != nullptr) store(rows + (column / kN * padded + row + 1) * kN + column % kN, second);
+      if (depths != nullptr) store(depths + (column / kN * operand_rows + row + 1) * kN + column % kN, second);
+    } else {
+      const VecH low = bf16_bits(first);
+      const VecH high = bf16_bits(second);
+      if (rows != nullptr) {
+        bfloat16* to = reinterpret_cast<bfloat16*>(rows) + (column / (2 * kN) * padded + row) * 2 * kN + column % (2 * kN);
+        __builtin_memcpy(to, &low, sizeof(low));
+        if (has_second) __builtin_memcpy(to + 2 * kN, &high, sizeof(high));
+      }
+      if (depths != nullptr) {
+        store_operands(depths + (column / kN * operand_rows + row / 2) * kN + column % kN, pair_halves(low, high));
+      }
+    }
+  }
+};
+
+template <class E>
+FASTLM_INLINE Layouts<E> layouts_of(const GateBackward& p, const Group& group, void* rows, void* depths) {
+  constexpr int64_t kN = kPackedColumns<E>;
+  const int64_t at = group.packed - p.packed_begin;
+  const int64_t runs = ceil_div(operand_depth<E>(p.inner), kN);
+  Layouts<E> layouts{nullptr, group.padded, nullptr, p.packed_rows / depth_per_operand<E>};
+  if (rows != nullptr) layouts.rows = static_cast<E*>(rows) + at * runs * kN;
+  if (depths != nullptr) layouts.depths = static_cast<E*>(depths) + at / depth_per_operand<E> * kN;
+  return layouts;
+}
+
+// What the block of one group needs beside the sums of its product.
+template <class T>
+struct GateBlock {
+  using E = operand_t<T>;
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  const GateBackward& p;
+  const Group& group;
+  int64_t column;
+  Layouts<E> act, gate, up;
+  A* dgate_sums;  // kBlock each, or null
+  A* dup_sums;
+};
+
+// One vector of columns of one row: its share of <da, act>, and what is to be written.
+template <class T, class F, bool kGated>
+struct GateRow {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  V act, dgate, dup;
+
+  // Returns da * act.
+  FASTLM_INLINE V form(const T* gate_up, int64_t inner, int64_t n, V da, A weight) {
+    const V gate = load_upto(gate_up, n);
+    V value, slope;
+    F::both(gate, value, slope);
+    const V weighted = da * weight;
+    V full = value;
+    if (kGated) {
+      const V up_value = load_upto(gate_up + inner, n);
+      full = value * up_value;
+      dup = weighted * value;
+      dgate = weighted * up_value * slope;
+    } else {
+      dgate = weighted * slope;
+    }
+    act = full * weight;
+    return da * full;
+  }
+};
+
+template <class T, class F, bool kGated>
+void gate_rows(const GateBlock<T>& b, int64_t row, int64_t rows, int64_t columns, const acc_t<T>* c) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  constexpr int64_t kLanes = lanes_of<A>;
+  const GateBackward& p = b.p;
+  const int64_t width = kGated ? 2 * p.inner : p.inner;
+  const T* gate_up = static_cast<const T*>(p.gate_up) + (b.group.kept + row) * width + b.column;
+  const A* weight = static_cast<const A*>(p.expert_weight) + b.group.begin + row;
+  A* shares = static_cast<A*>(p.dweight_blocks) + b.column / kBlock * p.total_rows + b.group.begin + row;
+  for (int64_t r = 0; r < rows; r += 2) {
+    const bool has_second = r + 1 < rows;
+    V share[2] = {};
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      const int64_t n = columns - i;
+      GateRow<T, F, kGated> first, second{};
+      share[0] += first.form(gate_up + r * width + i, p.inner, n, load(c + r * kBlock + i), weight[r]);
+      if (has_second) {
+        share[1] += second.form(gate_up + (r + 1) * width + i, p.inner, n, load(c + (r + 1) * kBlock + i), weight[r + 1]);
+      }
+      const int64_t column = b.column + i;
+      b.act.write(row + r, column, first.act, second.act, has_second);
+      b.gate.write(row + r, column, first.dgate, second.dgate, has_second);
+      if (kGated) b.up.write(row + r, column, first.dup, second.dup, has_second);
+      if (b.dgate_sums == nullptr) continue;
+      store(b.dgate_sums + i, load(b.dgate_sums + i) + first.dgate + second.dgate);
+      if (kGated) store(b.dup_sums + i, load(b.dup_sums + i) + first.dup + second.dup);
+    }
+    shares[r] = reduce_add(share[0]);
+    if (has_second) shares[r + 1] = reduce_add(share[1]);
+  }
+}
+
+template <class T, class F, bool kGated>
+void gate_block(const GateBackward& p, const Group& group, int64_t column, int64_t columns) {
+  using E = operand_t<T>;
+  using A = acc_t<T>;
+  char* scratch = static_cast<char*>(thread_scratch(kProductScratch<E> + 2 * sizeof(A) * kBlock));
+  if (scratch == nullptr) return;
+  A* sums = reinterpret_cast<A*>(scratch + kProductScratch<E>);
+  GateBlock<T> b{p,
+                 group,
+                 column,
+                 layouts_of<E>(p, group, nullptr, p.act_depths),
+                 layouts_of<E>(p, group, p.dgate_rows, p.dgate_depths),
+                 layouts_of<E>(p, group, p.dup_rows, p.dup_depths),
+                 p.dbias == nullptr ? nullptr : sums,
+                 p.dbias == nullptr ? nullptr : sums + kBlock};
+  if (p.dbias != nullptr) __builtin_memset(sums, 0, 2 * sizeof(A) * kBlock);
+  const Segment segment{p.dy, p.down.rows, 0};
+  group_times_weight<T>(p.down, group, p.packed_begin, &segment, 1, column, columns, scratch,
+                        [&](int64_t row, int64_t rows, const A* c) { gate_rows<T, F, kGated>(b, row, rows, columns, c); });
+  if (p.dbias == nullptr) return;
+  const int64_t at = group.expert * (kGated ? 2 * p.inner : p.inner) + column;
+  for (int64_t i = 0; i < columns; ++i) {
+    store_param(p.dbias, p.dbias_dtype, at + i, sums[i]);
+    if (kGated) store_param(p.dbias, p.dbias_dtype, at + p.inner + i, sums[kBlock + i]);
+  }
+}
+
+template <class T>
+void gate(const GateBackward& p, int64_t piece) {
+  const int64_t blocks = ceil_div(p.inner, kBlock);
+  const Group& group = p.groups.group[piece / blocks];
+  const int64_t column = piece % blocks * kBlock;
+  const int64_t columns = min_of(kBlock, p.inner - column);
+  with_activation(p.activation, [&]<class F>() {
+    p.gated ? gate_block<T, F, true>(p, group, column, columns) : gate_block<T, F, false>(p, group, column, columns);
+  });
+}
+
+template <class T>
+void row_product(const RowProduct& p, int64_t piece) {
+  using E = operand_t<T>;
+  using A = acc_t<T>;
+  void* scratch = thread_scratch(kProductScratch<E>);
+  if (scratch == nullptr) return;
+  const int64_t blocks = ceil_div(p.weight.depth, kBlock);
+  const Group& group = p.groups.group[piece / blocks];
+  const int64_t column = piece % blocks * kBlock;
+  const int64_t columns = min_of(kBlock, p.weight.depth - column);
+  group_times_weight<T>(p.weight, group, p.packed_begin, p.segments, p.num_segments, column, columns, scratch,
+                        [&](int64_t row, int64_t rows, const A* c) {
+                          for (int64_t r = 0; r < rows; ++r) {
+                            const int64_t at = (group.begin + row + r) * p.out_row_stride + column;
+                            if (p.out_acc) {
+                              store_row<A>(c + r * kBlock, static_cast<A*>(p.out) + at, columns);
+                            } else {
+                              store_row<T>(c + r * kBlock, static_cast<T*>(p.out) + at, columns);
+                            }
+                          }
+                        });
+}
+
+template <class T>
+void outer(const Outer& p, int64_t piece) {
+  using E = operand_t<T>;
+  using A = acc_t<T>;
+  constexpr int64_t kN = kPackedColumns<E>;
+  const int64_t across = ceil_div(p.columns, kBlock);
+  const int64_t blocks = ceil_div(p.rows, kBlock) * across;
+  const Group& group = p.groups.group[piece / blocks];
+  const int64_t row = piece % blocks / across * kBlock;
+  const int64_t column = piece % across * kBlock;
+  const int64_t rows = min_of(kBlock, p.rows - row);
+  const int64_t columns = min_of(kBlock, p.columns - column);
+  T* out = static_cast<T*>(p.out) + (group.expert * p.out_rows + p.first_row + row) * p.columns + column;
+  if (group.begin == group.end) {
+    for (int64_t r = 0; r < rows; ++r) __builtin_memset(out + r * p.columns, 0, sizeof(T) * static_cast<size_t>(columns));
+    return;
+  }
+  A* c = static_cast<A*>(thread_scratch(sizeof(A) * kBlock * kBlock));
+  if (c == nullptr) return;
+  const int64_t stride = p.packed_rows / depth_per_operand<E> * kN;
+  const int64_t at = (group.packed - p.packed_begin) / depth_per_operand<E> * kN;
+  PackedProduct<E> product{};
+  product.a = static_cast<const E*>(p.a) + row / kN * stride + at;
+  product.a_stride = stride;
+  product.b = static_cast<const E*>(p.b) + column / kN * stride + at;
+  product.b_panel_stride = stride;
+  product.c = c;
+  product.c_row_stride = kBlock;
+  product.c_panel_stride = kN;
+  product.depth = operand_depth<E>(group.end - group.begin);
+  product.rows = round_up(rows, kPackedRows);
+  product.columns = round_up(columns, kN);
+  packed_multiply<E, PackedA::kTransposed>(product);
+  for (int64_t r = 0; r < rows; ++r) store_row<T>(c + r * kBlock, out + r * p.columns, columns);
+}
+
+template <class T>
+FASTLM_INLINE const T* dy_row(const Source& from, int64_t row) {
+  return static_cast<const T*>(from.data) + (from.index == nullptr ? row : from.index[row]) * from.row_stride;
+}
+
+template <class T>
+void bias(const BiasGradient& p, int64_t piece) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  constexpr int64_t kLanes = lanes_of<A>;
+  const int64_t blocks = ceil_div(p.dy.columns, kBlock);
+  const Group& group = p.groups.group[piece / blocks];
+  const int64_t column = piece % blocks * kBlock;
+  const int64_t columns = min_of(kBlock, p.dy.columns - column);
+  A sums[kBlock] = {};
+  for (int64_t r = group.begin; r < group.end; ++r) {
+    const V weight = broadcast<V>(static_cast<const A*>(p.expert_weight)[r]);
+    const T* from = dy_row<T>(p.dy, r) + column;
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      store(sums + i, fma(weight, load_upto(from + i, columns - i), load(sums + i)));
+    }
+  }
+  for (int64_t i = 0; i < columns; ++i) store_param(p.out, p.dtype, group.expert * p.dy.columns + column + i, sums[i]);
+}
+
+template <class T>
+void pick(const PickGradient& p, int64_t piece) {
+  using A = acc_t<T>;
+  const Group& group = p.groups.group[piece];
+  const Weights& w = p.down;
+  for (int64_t r = group.begin; r < group.end; ++r) {
+    A sum = A(0);
+    for (int64_t b = 0; b < p.blocks; ++b) sum += static_cast<const A*>(p.dweight_blocks)[b * p.total_rows + r];
+    if (w.bias != nullptr) {
+      const T* from = dy_row<T>(p.dy, r);
+      A lanes[16] = {};  // sixteen sums at a time, whatever the level
+      for (int64_t i = 0; i < p.dy.columns; ++i) {
+        lanes[i % 16] +=
+            to_acc(from[i]) * load_param<A>(w.bias, w.bias_dtype, group.expert * w.bias_expert_stride + i * w.bias_stride);
+      }
+      for (const A lane : lanes) sum += lane;
+    }
+    store_param(p.dweights, p.dtype, p.perm[r], sum);
+  }
+}
+
+}  // namespace
+
+extern const moe_dispatch::BackwardKernels moe_dispatch_backward;
+const moe_dispatch::BackwardKernels moe_dispatch_backward = {
+    {gate<float>, gate<bfloat16>, gate<float16>, gate<double>},
+    {row_product<float>, row_product<bfloat16>, row_product<float16>, row_product<double>},
+    {outer<float>, outer<bfloat16>, outer<float16>, outer<double>},
+    {bias<float>, bias<bfloat16>, bias<float16>, bias<double>},
+    {pick<float>, pick<bfloat16>, pick<float16>, pick<double>},
+};
+
+}  // namespace fastlm::FASTLM_CPU_LEVEL
