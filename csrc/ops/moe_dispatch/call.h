@@ -13,18 +13,23 @@
 
 namespace fastlm::moe_dispatch {
 
-// Scratch memory that lives as long as the call.
+// Scratch memory that lives as long as the call. After `again` the same requests, in the same order, find the same memory if it
+// is large enough: what is done many times in a call touches fresh pages once.
 class Memory {
  public:
   explicit Memory(const Tensor& like) : like_(like) {}
   void* bytes(int64_t n) {
-    held_.push_back(empty({std::max<int64_t>(n, 1)}, ScalarType::Byte, like_));
-    return held_.back().data_ptr();
+    if (next_ == held_.size()) held_.push_back(empty({std::max<int64_t>(n, 1)}, ScalarType::Byte, like_));
+    Tensor& block = held_[next_++];
+    if (block.numel() < n) block = empty({n}, ScalarType::Byte, like_);
+    return block.data_ptr();
   }
+  void again() { next_ = 0; }
 
  private:
   Tensor like_;
   std::vector<Tensor> held_;
+  size_t next_ = 0;
 };
 
 // Tiles of the element type at the CPU level in use.

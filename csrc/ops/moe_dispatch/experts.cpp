@@ -7,7 +7,7 @@ namespace fastlm::moe_dispatch {
 namespace {
 
 constexpr int64_t kChunkRows = 32768;  // sorted rows of a chunk of tokens
-constexpr int64_t kWaveRows = 2048;    // packed rows of a wave, unless one expert alone has more
+constexpr int64_t kWaveRows = 1024;    // packed rows of a wave, unless one expert alone has more
 
 // What each pick counts, in the accumulation type.
 template <class A>
@@ -98,6 +98,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor hidden_states, Tensor gate_up_
   next[0] = 0;
   for (size_t e = 1; e < next.size(); ++e) next[e] += next[e - 1];
 
+  Memory of_chunk(hidden_states);
   const int64_t chunk = std::max<int64_t>(1, std::min(tokens, kChunkRows / top_k));
   for (int64_t begin = 0; begin < tokens; begin += chunk) {
     const int64_t count = std::min(chunk, tokens - begin);
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor hidden_states, Tensor gate_up_
       wave.groups.back().kept = next[e];
       next[e] += rows;
     }
-    Memory of_chunk(hidden_states);
+    of_chunk.again();
     Pack pack{};
     pack.groups = gate.groups = down.groups = wave.view();
     pack.from = gate.x = source_of(x, &plan.tokens, begin);
@@ -145,7 +146,7 @@ class Backward {
       : plan_(plan),
         dtype_(hidden_states.scalar_type()),
         tile_(dtype_),
-        like_(hidden_states),
+        memory_(hidden_states),
         x_(source_of(hidden_states, &plan.tokens)),
         dy_(source_of(dout, &plan.tokens)),
         gate_up_proj_(weights_of(gate_up_proj, gate_up_proj_bias)),
@@ -184,7 +185,7 @@ class Backward {
   bool proj() const { return dgate_up_proj != nullptr; }
 
   void run_wave(const char* op, Wave& wave) {
-    Memory memory(like_);
+    memory_.again();
     const auto& forward = FASTLM_CPU_KERNELS(moe_dispatch_forward);
     const auto& kernels = FASTLM_CPU_KERNELS(moe_dispatch_backward);
     const int k = kernel_index(dtype_);
@@ -194,13 +195,13 @@ class Backward {
     pack_dy.groups = wave.view();
     pack_dy.from = dy_;
     pack_dy.packed_rows = rows;
-    pack_dy.rows = memory.bytes(tile_.rows_bytes(rows, hidden_));
-    if (proj()) pack_dy.depths = memory.bytes(tile_.depths_bytes(rows, hidden_));
+    pack_dy.rows = memory_.bytes(tile_.rows_bytes(rows, hidden_));
+    if (proj()) pack_dy.depths = memory_.bytes(tile_.depths_bytes(rows, hidden_));
     Pack pack_x = pack_dy;
     pack_x.from = x_;
     pack_x.rows = nullptr;
-    if (proj()) pack_x.depths = memory.bytes(tile_.depths_bytes(rows, hidden_));
-    if (gate_up == nullptr) pack_x.columns = memory.bytes(tile_.columns_bytes(rows, hidden_));
+    if (proj()) pack_x.depths = memory_.bytes(tile_.depths_bytes(rows, hidden_));
+    if (gate_up == nullptr) pack_x.columns = memory_.bytes(tile_.columns_bytes(rows, hidden_));
 
     GateBackward gate{};
     gate.gate_up = gate_up;
@@ -213,7 +214,7 @@ class Backward {
       again.activation = activation;
       again.gated = gated_;
       again.inner = inner_;
-      again.gate_up = memory.bytes((wave.groups.back().end - first) * gate_up_proj_.rows * tile_.element_bytes);
+      again.gate_up = memory_.bytes((wave.groups.back().end - first) * gate_up_proj_.rows * tile_.element_bytes);
       gate.gate_up = again.gate_up;
     }
     again.groups = gate.groups = wave.view();
@@ -226,17 +227,17 @@ class Backward {
     gate.expert_weight = expert_weight;
     const int64_t inner_blocks = ceil_div(inner_, kBlock);
     gate.total_rows = wave.groups.back().end;
-    gate.dweight_blocks = memory.bytes(inner_blocks * gate.total_rows * tile_.bytes);
+    gate.dweight_blocks = memory_.bytes(inner_blocks * gate.total_rows * tile_.bytes);
     gate.dbias = dgate_up_bias;
     gate.dbias_dtype = dgate_up_bias_dtype;
     if (dhidden_rows != nullptr) {
-      gate.dgate_rows = memory.bytes(tile_.rows_bytes(rows, inner_));
-      if (gated_) gate.dup_rows = memory.bytes(tile_.rows_bytes(rows, inner_));
+      gate.dgate_rows = memory_.bytes(tile_.rows_bytes(rows, inner_));
+      if (gated_) gate.dup_rows = memory_.bytes(tile_.rows_bytes(rows, inner_));
     }
     if (proj()) {
-      gate.act_depths = memory.bytes(tile_.depths_bytes(rows, inner_));
-      gate.dgate_depths = memory.bytes(tile_.depths_bytes(rows, inner_));
-      if (gated_) gate.dup_depths = memory.bytes(tile_.depths_bytes(rows, inner_));
+      gate.act_depths = memory_.bytes(tile_.depths_bytes(rows, inner_));
+      gate.dgate_depths = memory_.bytes(tile_.depths_bytes(rows, inner_));
+      if (gated_) gate.dup_depths = memory_.bytes(tile_.depths_bytes(rows, inner_));
     }
 
     const int64_t blocks = wave.blocks();
@@ -300,7 +301,7 @@ class Backward {
   const Plan& plan_;
   ScalarType dtype_;
   Tile tile_;
-  Tensor like_;
+  Memory memory_;
   Source x_, dy_;
   Weights gate_up_proj_, down_proj_;
   int64_t inner_, hidden_;

@@ -13,13 +13,14 @@
 
 namespace fastlm::moe_dispatch {
 
-// Multiples of every level's tile. Forward: weight rows x sorted rows of one block, of gate and up rows half each. Backward:
-// sorted rows x columns. Gradients of a weight: rows x columns.
+// Multiples of every level's tile. kBlock: rows of a weight forward, of gate and up half each; columns of it backward; rows and
+// columns of its gradient. kRowBlock: sorted rows that meet it at a time.
 constexpr int64_t kBlock = 192;
 constexpr int64_t kHalfBlock = kBlock / 2;
-// Operands along the depth of a weight that are packed at a time: 192 rows of them and a block of sums fit the second-level
-// cache.
-constexpr int64_t kChunk = 576;
+constexpr int64_t kRowBlock = 384;
+// Operands along the depth of a weight that are packed at a time. A packed chunk, the sums of a block and the chunk that comes
+// next fit the second-level cache together.
+constexpr int64_t kChunk = 192;
 // Groups of up to so many rows are multiplied row by row, straight from the weight: memory bounds them, not arithmetic.
 constexpr int64_t kSmallGroup = 8;
 

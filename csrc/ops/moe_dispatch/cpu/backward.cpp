@@ -244,7 +244,7 @@ void outer(const Outer& p, int64_t piece) {
   product.c_panel_stride = kN;
   product.depth = operand_depth<E>(group.end - group.begin);
   product.rows = round_up(rows, kPackedRows);
-  product.columns = round_up(columns, kN);
+  product.columns = round_up(columns, kOperandLanes<E>);
   packed_multiply<E, PackedA::kTransposed>(product);
   for (int64_t r = 0; r < rows; ++r) store_row<T>(c + r * kBlock, out + r * p.columns, columns);
 }

@@ -12,6 +12,7 @@ using moe_dispatch::Group;
 using moe_dispatch::kBlock;
 using moe_dispatch::kChunk;
 using moe_dispatch::kHalfBlock;
+using moe_dispatch::kRowBlock;
 using moe_dispatch::Segment;
 using moe_dispatch::Weights;
 
@@ -19,11 +20,20 @@ FASTLM_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n,
 
 // Working memory of a product: a packed chunk of the weight, then a block of sums.
 template <class E>
-constexpr size_t kProductScratch = sizeof(E) * kChunk * kBlock + sizeof(operand_acc<E>) * kBlock * kBlock;
+constexpr size_t kProductScratch = sizeof(E) * kChunk * kBlock + sizeof(operand_acc<E>) * kRowBlock * kBlock;
 
 template <class T>
 FASTLM_INLINE const T* element(const Weights& w, int64_t expert, int64_t row, int64_t depth) {
   return static_cast<const T*>(w.data) + expert * w.expert_stride + row * w.row_stride + depth * w.depth_stride;
+}
+
+// What is read of a weight next: rows of `bytes` each, fetched while a product runs. Strided weights are left to the hardware.
+template <class T>
+FASTLM_INLINE void add_stretch(Ahead& ahead, int stretch, const T* first, int64_t rows, int64_t stride, int64_t values) {
+  ahead.row[stretch] = reinterpret_cast<const char*>(first);
+  ahead.rows[stretch] = rows;
+  ahead.row_stride = stride * static_cast<int64_t>(sizeof(T));
+  ahead.row_bytes = values * static_cast<int64_t>(sizeof(T));
 }
 
 // Rows of a weight whose depth is contiguous are rows of A as they lie; one whose rows are contiguous is a transposed A.
@@ -81,7 +91,7 @@ FASTLM_INLINE void weight_times_group(const Weights& w, const Group& group, cons
   operand_acc<E>* c = reinterpret_cast<operand_acc<E>*>(weight + kChunk * kBlock);
   const int64_t operands = operand_depth<E>(w.depth);
   const bool transposed = is_transposed(w);
-  for (int64_t row = 0; row < group.end - group.begin; row += kBlock) {
+  for (int64_t row = 0; row < group.end - group.begin; row += kRowBlock) {
     for (int64_t depth = 0; depth == 0 || depth < w.depth; depth += kValues) {
       const int64_t count = min_of(kValues, w.depth - depth);
       if (row == 0 || w.depth > kValues) {
@@ -93,15 +103,27 @@ FASTLM_INLINE void weight_times_group(const Weights& w, const Group& group, cons
       product.c_row_stride = kN;
       product.c_panel_stride = kBlock * kN;
       product.depth = operand_depth<E>(count);
-      product.columns = min_of(kBlock, group.padded - row);
+      product.columns = round_up(min_of(kRowBlock, group.end - group.begin - row), kOperandLanes<E>);
       product.add = depth > 0;
+      const int64_t next = min_of(kValues, w.depth - depth - kValues);
+      for (int i = 0; i < num_ranges && next > 0; ++i) {
+        const T* first = element<T>(w, group.expert, ranges[i].first, depth + kValues);
+        if (transposed) {
+          add_stretch(product.ahead, i, first, next, w.depth_stride, ranges[i].count);
+        } else if (w.depth_stride == 1) {
+          add_stretch(product.ahead, i, first, ranges[i].count, w.row_stride, next);
+        }
+      }
       if (num_ranges == 2 && ranges[0].count == kHalfBlock && ranges[1].count == kHalfBlock) {
         multiply_weight_rows<E>(product, transposed, weight, {0, kBlock, 0}, c);
       } else {
-        for (int64_t i = 0; i < num_ranges; ++i) multiply_weight_rows<E>(product, transposed, weight, ranges[i], c);
+        for (int64_t i = 0; i < num_ranges; ++i) {
+          multiply_weight_rows<E>(product, transposed, weight, ranges[i], c);
+          product.ahead = {};
+        }
       }
     }
-    use(group.begin + row, min_of(kBlock, group.end - group.begin - row), c);
+    use(group.begin + row, min_of(kRowBlock, group.end - group.begin - row), c);
   }
 }
 
@@ -151,8 +173,8 @@ FASTLM_INLINE void group_times_weight(const Weights& w, const Group& group, int6
   E* weight = static_cast<E*>(scratch);
   operand_acc<E>* c = reinterpret_cast<operand_acc<E>*>(weight + kChunk * kBlock);
   const bool one_chunk = num_segments == 1 && segments[0].depth <= kValues;
-  for (int64_t row = 0; row < group.end - group.begin; row += kBlock) {
-    const int64_t rows = min_of(kBlock, group.end - group.begin - row);
+  for (int64_t row = 0; row < group.end - group.begin; row += kRowBlock) {
+    const int64_t rows = min_of(kRowBlock, group.end - group.begin - row);
     for (int64_t s = 0; s < num_segments; ++s) {
       const Segment& segment = segments[s];
       const int64_t runs = ceil_div(operand_depth<E>(segment.depth), kN);
@@ -172,8 +194,16 @@ FASTLM_INLINE void group_times_weight(const Weights& w, const Group& group, int6
         product.c_row_stride = kBlock;
         product.c_panel_stride = kN;
         product.rows = round_up(rows, kPackedRows);
-        product.columns = round_up(columns, kN);
+        product.columns = round_up(columns, kOperandLanes<E>);
         product.add = s > 0 || depth > 0;
+        if (const int64_t next = min_of(kValues, segment.depth - depth - kValues); next > 0) {
+          const T* first = element<T>(w, group.expert, segment.weight_row + depth + kValues, column);
+          if (is_transposed(w)) {
+            add_stretch(product.ahead, 0, first, columns, w.depth_stride, next);
+          } else if (w.depth_stride == 1) {
+            add_stretch(product.ahead, 0, first, next, w.row_stride, columns);
+          }
+        }
         packed_multiply<E, PackedA::kRows>(product);
       }
     }
