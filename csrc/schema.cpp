@@ -73,6 +73,18 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "Tensor attn_w3, Tensor(c!) k_cache, Tensor(d!) v_cache, Tensor cache_seqlens, *, int[2] window_size, float eps=1e-5, "
       "float? softmax_scale=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None) -> Tensor");
 
+  // ---- grin_route ---------------------------------------------------------------------------------------------------
+  // Experts of every token: picks without replacement from masked softmaxes, the largest in eval, sampled in training (from noise
+  // or from seed). topk_probs is p of each pick, before a weight is reduced; it has no gradient.
+  m.def(
+      "grin_route(Tensor router_logits, Tensor? noise=None, Tensor? seed=None, Tensor? valid=None, *, int top_k=2, "
+      "float jitter_eps=0.01, bool training=False, str estimator='v2') -> (Tensor topk_weights, Tensor topk_ids, "
+      "Tensor expert_counts, Tensor topk_probs)");
+  // The estimator's gradient of router_logits; probabilities are recomputed from the logits and the earlier picks.
+  m.def(
+      "grin_route_backward(Tensor dtopk_weights, Tensor router_logits, Tensor topk_ids, *, float jitter_eps, bool training, "
+      "str estimator) -> Tensor drouter_logits");
+
   // ---- moe_dispatch -------------------------------------------------------------------------------------------------
   // Stable counting sort of a router's picks by expert: where each expert's rows begin, and both directions of the permutation.
   m.def("moe_plan(Tensor topk_ids, SymInt num_experts) -> (Tensor offsets, Tensor perm, Tensor inv)");

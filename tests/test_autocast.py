@@ -24,6 +24,7 @@ CAST = {
     "sliding_window_attention_update": ("q", "k", "v"),
     "samba_decode_step": (),
     "scan_swa": ("u", "delta", "B", "C", "z", "q", "k", "v"),
+    "grin_route": (),
     "grouped_gemm": ("a", "b"),
     "moe_experts": ("hidden_states", "gate_up_proj", "down_proj"),
     "linear_nll": ("hidden", "weight"),

@@ -32,6 +32,7 @@ GROWING = {
         "model",
         {"hidden": 0, "conv_state": 0, "scan_state": 0, "k_cache": 0, "v_cache": 0, "cache_seqlens": 0},
     ),
+    "grin_route": ("padding", {"router_logits": 0, "noise": 0, "valid": 0}),
     "moe_plan": ("plain", {"topk_ids": 0}),
     "grouped_gemm": ("rows_behind", {"a": 0}),
     "moe_experts": (

@@ -33,6 +33,26 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor: ...
+def grin_route(
+    router_logits: Tensor,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    valid: Tensor | None = None,
+    *,
+    top_k: int = 2,
+    jitter_eps: float = 0.01,
+    training: bool = False,
+    estimator: str = "v2",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def grin_route_backward(
+    dtopk_weights: Tensor,
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    *,
+    jitter_eps: float,
+    training: bool,
+    estimator: str,
+) -> Tensor: ...
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, *, trans_b: bool = True) -> Tensor: ...
 def grouped_gemm_backward(
     dout: Tensor,

@@ -31,6 +31,8 @@ NEED_MEMORY = {
     "sliding_window_attention",
     "sliding_window_attention_backward",
     "scan_swa",
+    "grin_route",
+    "grin_route_backward",
     "grouped_gemm",
     "grouped_gemm_backward",
     "moe_experts",

@@ -13,6 +13,7 @@ import torch
 
 from fastlm._registration import (
     causal_conv1d,
+    grin_route,
     moe_dispatch,
     samba_decode_step,
     scan_swa,
@@ -28,6 +29,7 @@ FAMILIES = (
     sliding_window_attention,
     scan_swa,
     samba_decode_step,
+    grin_route,
     moe_dispatch,
     slm_loss,
 )

@@ -6,6 +6,7 @@ autograd. Nothing here is ever used as a silent fallback: models and layers call
 """
 
 from fastlm.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from fastlm.reference.grin_route import grin_route, load_balance_loss
 from fastlm.reference.moe_dispatch import grouped_gemm, moe_experts, moe_plan
 from fastlm.reference.samba_decode_step import samba_decode_step
 from fastlm.reference.scan_swa import scan_swa
@@ -19,9 +20,11 @@ from fastlm.reference.slm_loss import linear_cross_entropy, linear_nll
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "grin_route",
     "grouped_gemm",
     "linear_cross_entropy",
     "linear_nll",
+    "load_balance_loss",
     "moe_experts",
     "moe_plan",
     "samba_decode_step",

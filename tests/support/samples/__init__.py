@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from tests.support.samples import (
     causal_conv1d,
+    grin_route,
     moe_dispatch,
     samba_decode_step,
     scan_swa,
@@ -25,6 +26,7 @@ FAMILIES = {
     "sliding_window_attention": sliding_window_attention,
     "samba_decode_step": samba_decode_step,
     "scan_swa": scan_swa,
+    "grin_route": grin_route,
     "moe_dispatch": moe_dispatch,
     "slm_loss": slm_loss,
 }
