@@ -204,7 +204,5 @@ def test_ids_outside(bad):
 
 def test_unknown_activation():
     call = experts_call(draw=Draw("bad"))
-    with pytest.raises(
-        ValueError, match="activation must be 'silu', 'gelu_tanh', 'relu' or 'relu2', got 'tanh'"
-    ):
+    with pytest.raises(ValueError, match="activation must be silu, gelu_tanh, relu or relu2, got tanh"):
         moe_experts(*call.args, activation="tanh")

@@ -16,7 +16,7 @@ _MOST_PICKS = 8
 _ACTIVATIONS = ("silu", "gelu_tanh", "relu", "relu2")
 
 
-def _check_ids(op: str, topk_ids: Tensor) -> None:
+def _check_ids(op: str, topk_ids: Tensor, num_experts: int) -> None:
     """The bound on the number of picks stays with the real kernel: here it would become one of an exported program."""
     torch._check_value(
         topk_ids.dtype in (torch.int32, torch.int64),
@@ -26,17 +26,17 @@ def _check_ids(op: str, topk_ids: Tensor) -> None:
     k = topk_ids.shape[1]
     torch._check_value(
         k >= 1 and k <= _MOST_PICKS,
-        lambda: (
-            f"{op}: topk_ids must have shape (T, k) with k from 1 to {_MOST_PICKS}, "
-            f"got {checks.shape_text(topk_ids.shape)}"
-        ),
+        lambda: f"{op}: topk_ids must have 1 to {_MOST_PICKS} columns, got {k}",
     )
+    torch._check_value(num_experts >= 1, lambda: f"{op}: num_experts must be at least 1, got {num_experts}")
 
 
 def _check_product(op: str, a: Tensor, b: Tensor, offsets: Tensor, trans_b: bool) -> None:
     checks.floating(op, "a", a)
     checks.dim(op, "a", a, 2, "(M, Kd)")
     checks.dim(op, "b", b, 3, "(E, N, Kd)" if trans_b else "(E, Kd, N)")
+    checks.same_dtype(op, "b", b, "a", a)
+    checks.same_device(op, "b", b, "a", a)
     depth = a.shape[1]
     torch._check_value(
         b.shape[2 if trans_b else 1] == depth,
@@ -45,29 +45,21 @@ def _check_product(op: str, a: Tensor, b: Tensor, offsets: Tensor, trans_b: bool
             f"got {checks.shape_text(b.shape)}"
         ),
     )
-    checks.same_dtype(op, "b", b, "a", a)
-    checks.same_device(op, "b", b, "a", a)
     checks.index_vector(op, "offsets", offsets)
     checks.shape(op, "offsets", offsets, (b.shape[0] + 1,))
     checks.same_device(op, "offsets", offsets, "a", a)
 
 
-def _check_pick_weights(
-    op: str, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, grad_weights: Tensor | None
-) -> None:
-    checks.shape(op, "topk_weights", topk_weights, topk_ids.shape)
+def _check_pick_weights(op: str, name: str, t: Tensor, hidden_states: Tensor, topk_ids: Tensor) -> None:
     own = hidden_states.dtype
-    wanted = torch.float64 if own == torch.float64 else torch.float32
-    words = checks.name_of(wanted) if own == wanted else f"{checks.name_of(wanted)} or {checks.name_of(own)}"
+    acc = torch.float64 if own == torch.float64 else torch.float32
+    words = checks.name_of(acc) if own == acc else f"{checks.name_of(acc)} or {checks.name_of(own)}"
     torch._check_value(
-        topk_weights.dtype in (wanted, own),
-        lambda: f"{op}: topk_weights must have dtype {words}, got {checks.name_of(topk_weights.dtype)}",
+        t.dtype in (acc, own),
+        lambda: f"{op}: {name} must have dtype {words}, got {checks.name_of(t.dtype)}",
     )
-    checks.same_device(op, "topk_weights", topk_weights, "hidden_states", hidden_states)
-    if grad_weights is not None:
-        checks.shape(op, "grad_weights", grad_weights, topk_ids.shape)
-        checks.same_dtype(op, "grad_weights", grad_weights, "topk_weights", topk_weights)
-        checks.same_device(op, "grad_weights", grad_weights, "hidden_states", hidden_states)
+    checks.shape(op, name, t, topk_ids.shape)
+    checks.same_device(op, name, t, "hidden_states", hidden_states)
 
 
 def _check_experts(
@@ -85,50 +77,45 @@ def _check_experts(
     checks.floating(op, "hidden_states", hidden_states)
     checks.dim(op, "hidden_states", hidden_states, 2, "(T, h)")
     tokens, size = hidden_states.shape
-    checks.dim(op, "gate_up_proj", gate_up_proj, 3, "(E, 2I, h)")
-    experts, rows, _ = gate_up_proj.shape
-    torch._check_value(
-        experts >= 1,
-        lambda: (
-            f"{op}: gate_up_proj must have at least 1 expert, got shape {checks.shape_text(gate_up_proj.shape)}"
-        ),
-    )
     checks.dim(op, "down_proj", down_proj, 3, "(E, h, I)")
+    experts, _, inner = down_proj.shape
+    checks.shape(op, "down_proj", down_proj, (experts, size, inner))
+    checks.same_dtype(op, "down_proj", down_proj, "hidden_states", hidden_states)
+    checks.same_device(op, "down_proj", down_proj, "hidden_states", hidden_states)
+
+    def is_gate_up(rows: int) -> bool:
+        found = gate_up_proj.shape
+        return len(found) == 3 and found[0] == experts and found[1] == rows and found[2] == size
+
     torch._check_value(
-        down_proj.shape[0] == experts and down_proj.shape[1] == size,
+        is_gate_up(2 * inner) or is_gate_up(inner),
         lambda: (
-            f"{op}: down_proj must have shape ({experts}, {size}, I), got {checks.shape_text(down_proj.shape)}"
+            f"{op}: gate_up_proj must have shape {checks.shape_text((experts, 2 * inner, size))} or, without a gate, "
+            f"{checks.shape_text((experts, inner, size))}, got {checks.shape_text(gate_up_proj.shape)}"
         ),
     )
-    inner = down_proj.shape[2]
-    torch._check_value(
-        gate_up_proj.shape[2] == size and (rows == 2 * inner or rows == inner),
-        lambda: (
-            f"{op}: gate_up_proj must have shape ({experts}, {2 * inner}, {size}), or ({experts}, {inner}, {size}) "
-            f"without a gate, got {checks.shape_text(gate_up_proj.shape)}"
-        ),
-    )
-    for name, t in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        checks.same_dtype(op, name, t, "hidden_states", hidden_states)
-        checks.same_device(op, name, t, "hidden_states", hidden_states)
-    _check_ids(op, topk_ids)
+    checks.same_dtype(op, "gate_up_proj", gate_up_proj, "hidden_states", hidden_states)
+    checks.same_device(op, "gate_up_proj", gate_up_proj, "hidden_states", hidden_states)
+    _check_ids(op, topk_ids, experts)
+    checks.same_device(op, "topk_ids", topk_ids, "hidden_states", hidden_states)
     torch._check_value(
         topk_ids.shape[0] == tokens,
         lambda: f"{op}: topk_ids must have shape ({tokens}, k), got {checks.shape_text(topk_ids.shape)}",
     )
-    checks.same_device(op, "topk_ids", topk_ids, "hidden_states", hidden_states)
-    _check_pick_weights(op, hidden_states, topk_ids, topk_weights, grad_weights)
-    for name, bias, columns in (
-        ("gate_up_proj_bias", gate_up_proj_bias, rows),
+    _check_pick_weights(op, "topk_weights", topk_weights, hidden_states, topk_ids)
+    if grad_weights is not None:
+        _check_pick_weights(op, "grad_weights", grad_weights, hidden_states, topk_ids)
+    for name, bias, rows in (
+        ("gate_up_proj_bias", gate_up_proj_bias, gate_up_proj.shape[1]),
         ("down_proj_bias", down_proj_bias, size),
     ):
         if bias is not None:
             checks.floating(op, name, bias)
-            checks.shape(op, name, bias, (experts, columns))
+            checks.shape(op, name, bias, (experts, rows))
             checks.same_device(op, name, bias, "hidden_states", hidden_states)
     torch._check_value(
         activation in _ACTIVATIONS,
-        lambda: f"{op}: activation must be 'silu', 'gelu_tanh', 'relu' or 'relu2', got '{activation}'",
+        lambda: f"{op}: activation must be silu, gelu_tanh, relu or relu2, got {activation}",
     )
 
 
@@ -142,9 +129,7 @@ def _check_gradient(op: str, dout: Tensor, shape: tuple[int, ...], main: str, li
 
 
 def _fake_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    op = "moe_plan"
-    _check_ids(op, topk_ids)
-    torch._check_value(num_experts >= 1, lambda: f"{op}: num_experts must be at least 1, got {num_experts}")
+    _check_ids("moe_plan", topk_ids, num_experts)
     slots = (topk_ids.numel(),)
     return (
         topk_ids.new_empty((num_experts + 1,), dtype=torch.int32),
@@ -240,14 +225,22 @@ def _fake_experts_backward(
         activation,
     )
     _check_gradient(op, dout, tuple(hidden_states.shape), "hidden_states", hidden_states)
-    if gate_up.dim() != 1 or gate_up.shape[0] != 0:
-        checks.shape(op, "gate_up", gate_up, (topk_ids.numel(), gate_up_proj.shape[1]))
+    kept = (topk_ids.numel(), gate_up_proj.shape[1])
+    torch._check_value(
+        tuple(gate_up.shape) in ((0,), kept),
+        lambda: (
+            f"{op}: gate_up must have shape {checks.shape_text(kept)} or (0,), "
+            f"got {checks.shape_text(gate_up.shape)}"
+        ),
+    )
     checks.same_dtype(op, "gate_up", gate_up, "hidden_states", hidden_states)
     checks.same_device(op, "gate_up", gate_up, "hidden_states", hidden_states)
 
+    acc = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+
     def like(t: Tensor | None, needed: bool) -> Tensor:
         if t is None or not needed:
-            return no_tensor(hidden_states, None if t is None else t.dtype)
+            return no_tensor(hidden_states, acc if t is None else t.dtype)
         return t.new_empty(t.shape)
 
     return (

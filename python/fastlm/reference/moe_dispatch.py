@@ -126,9 +126,7 @@ def moe_experts(
     the factor that the forward pass put on them.
     """
     if activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"moe_experts: activation must be 'silu', 'gelu_tanh', 'relu' or 'relu2', got '{activation}'"
-        )
+        raise ValueError(f"moe_experts: activation must be silu, gelu_tanh, relu or relu2, got {activation}")
     num_experts, rows = gate_up_proj.shape[:2]
     _check_ids("moe_experts", topk_ids, num_experts)
     acc = torch.promote_types(hidden_states.dtype, torch.float32)

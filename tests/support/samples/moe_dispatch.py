@@ -146,6 +146,7 @@ _EXPERTS: dict[str, Recipe] = {
     "one_token": partial(experts_call, 1),
     "one_feature": partial(experts_call, size=1, inner=1),
     "no_tokens": partial(experts_call, 0, bias=True),
+    "no_hidden": partial(experts_call, size=0, bias=True),
     "no_inner": partial(experts_call, inner=0, bias=True),
     "past_a_tile": partial(experts_call, 67, size=65, inner=97, bias=True),
     "past_a_tile_bfloat16": partial(experts_call, 67, size=65, inner=97, dtype=torch.bfloat16, bias=True),
