@@ -85,7 +85,7 @@ Tensor grouped_gemm(Tensor a, Tensor b, Tensor offsets, bool trans_b) {
   const Wave wave = groups_of(ends, tile, p.weight.depth_stride == 1 ? kSmallGroup : 0, false);
   Memory memory(a);
   Pack pack{};
-  pack.groups = p.groups = wave.view();
+  pack.groups = p.groups = wave.view(torch::stable::get_num_threads());
   pack.from = p.x = source_of(rows, nullptr);
   pack.columns = memory.bytes(tile.columns_bytes(wave.packed_rows, p.weight.depth));
   p.x_packed = pack.columns;
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward(Tensor dout, Tensor a, Tensor b
   const int k = kernel_index(dtype);
 
   Pack pack_dout{};
-  pack_dout.groups = wave.view();
+  pack_dout.groups = wave.view(torch::stable::get_num_threads());
   pack_dout.from = source_of(dout_rows, nullptr);
   pack_dout.packed_rows = wave.packed_rows;
   if (need_da) pack_dout.rows = memory.bytes(tile.rows_bytes(wave.packed_rows, dout.size(1)));
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward(Tensor dout, Tensor a, Tensor b
 
   RowProduct rows{};
   if (need_da) {
-    rows.groups = wave.view();
+    rows.groups = wave.view(torch::stable::get_num_threads());
     rows.weight = trans_b ? weights_of(b, {}) : transposed(weights_of(b, {}));
     rows.segments[0] = {pack_dout.rows, dout.size(1), 0};
     rows.num_segments = 1;
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward(Tensor dout, Tensor a, Tensor b
   }
   Outer outer{};
   if (need_db) {
-    outer.groups = wave.view();
+    outer.groups = wave.view(torch::stable::get_num_threads());
     outer.a = trans_b ? pack_dout.depths : pack_a.depths;
     outer.b = trans_b ? pack_a.depths : pack_dout.depths;
     outer.packed_rows = wave.packed_rows;

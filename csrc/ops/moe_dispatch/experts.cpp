@@ -1,5 +1,5 @@
 // moe_experts on CPU, both passes. Forward, tokens are taken in chunks: pack rows, the gated product, the product behind it, the
-// weighted sum. Backward, experts are taken in waves of a few thousand rows, so that what is held beside the inputs does not grow
+// weighted sum. Backward, experts are taken in waves of a few hundred rows, so that what is held beside the inputs does not grow
 // with the number of tokens; the gradient of the hidden states is summed per token when all waves are done.
 #include "ops/moe_dispatch/call.h"
 
@@ -7,7 +7,7 @@ namespace fastlm::moe_dispatch {
 namespace {
 
 constexpr int64_t kChunkRows = 32768;  // sorted rows of a chunk of tokens
-constexpr int64_t kWaveRows = 1024;    // packed rows of a wave, unless one expert alone has more
+constexpr int64_t kWaveRows = 128;     // packed rows of a wave for every thread, unless one expert alone has more
 
 // What each pick counts, in the accumulation type.
 template <class A>
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor hidden_states, Tensor gate_up_
   const Tensor kept = !keep_gate_up ? no_tensor(dtype, hidden_states)
                       : all_used    ? empty(kept_shape, dtype, hidden_states)
                                     : zeros(kept_shape, dtype, hidden_states);
-  if (tokens == 0 || hidden == 0) return {out, kept};
+  if (tokens == 0) return {out, kept};
 
   const Tile tile(dtype);
   const Tensor x = unit_rows(hidden_states);
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor hidden_states, Tensor gate_up_
     }
     of_chunk.again();
     Pack pack{};
-    pack.groups = gate.groups = down.groups = wave.view();
+    pack.groups = gate.groups = down.groups = wave.view(torch::stable::get_num_threads());
     pack.from = gate.x = source_of(x, &plan.tokens, begin);
     pack.columns = of_chunk.bytes(tile.columns_bytes(wave.packed_rows, hidden));
     gate.x_packed = pack.columns;
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor hidden_states, Tensor gate_up_
     run_pieces(op, wave.count() * ceil_div(inner, gate.gated ? kHalfBlock : kBlock),
                [&](int64_t piece) { kernels.gate_up[k](gate, piece); });
     run_pieces(op, wave.count() * ceil_div(hidden, kBlock), [&](int64_t piece) { kernels.product[k](down, piece); });
-    parallel_for(op, count, std::max<int64_t>(1, 65536 / (hidden * top_k)),
+    parallel_for(op, count, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, hidden * top_k)),
                  [&](int64_t first, int64_t last) { kernels.combine[k](sum, first, last); });
   }
   return {out, kept};
@@ -170,11 +170,12 @@ class Backward {
 
   void run(const char* op) {
     const auto experts = static_cast<int64_t>(plan_.offsets.size()) - 1;
+    const int64_t most = std::clamp<int64_t>(kWaveRows * torch::stable::get_num_threads(), 256, 4096);
     for (int64_t first = 0; first < experts;) {
       Wave wave;
       for (; first < experts; ++first) {
         const int64_t begin = plan_.offsets[static_cast<size_t>(first)], end = plan_.offsets[static_cast<size_t>(first) + 1];
-        if (wave.packed_rows > 0 && wave.packed_rows + tile_.round_up(end - begin) > kWaveRows) break;
+        if (wave.packed_rows > 0 && wave.packed_rows + tile_.round_up(end - begin) > most) break;
         wave.add(first, begin, end, tile_.columns, 0);
       }
       run_wave(op, wave);
@@ -192,7 +193,7 @@ class Backward {
     const int64_t rows = wave.packed_rows;
 
     Pack pack_dy{};
-    pack_dy.groups = wave.view();
+    pack_dy.groups = wave.view(torch::stable::get_num_threads());
     pack_dy.from = dy_;
     pack_dy.packed_rows = rows;
     pack_dy.rows = memory_.bytes(tile_.rows_bytes(rows, hidden_));
@@ -217,7 +218,7 @@ class Backward {
       again.gate_up = memory_.bytes((wave.groups.back().end - first) * gate_up_proj_.rows * tile_.element_bytes);
       gate.gate_up = again.gate_up;
     }
-    again.groups = gate.groups = wave.view();
+    again.groups = gate.groups = wave.view(torch::stable::get_num_threads());
     gate.down = down_proj_;
     gate.dy = pack_dy.rows;
     gate.packed_rows = rows;
@@ -251,7 +252,7 @@ class Backward {
     run_pieces(op, wave.count() * inner_blocks, [&](int64_t piece) { kernels.gate[k](gate, piece); });
 
     RowProduct dx{};
-    dx.groups = wave.view();
+    dx.groups = wave.view(torch::stable::get_num_threads());
     dx.weight = gate_up_proj_;
     dx.segments[0] = {gate.dgate_rows, inner_, 0};
     dx.segments[1] = {gate.dup_rows, inner_, inner_};
@@ -259,15 +260,39 @@ class Backward {
     dx.out = dhidden_rows;
     dx.out_row_stride = hidden_;
     dx.out_acc = true;
-    const Outer of_down{wave.view(), pack_dy.depths, gate.act_depths, 0, rows, hidden_, inner_, ddown_proj, 0, hidden_};
-    const Outer of_gate{wave.view(), gate.dgate_depths, pack_x.depths, 0, rows,
-                        inner_,      hidden_,           dgate_up_proj, 0, gate_up_proj_.rows};
+    const Outer of_down{wave.view(torch::stable::get_num_threads()),
+                        pack_dy.depths,
+                        gate.act_depths,
+                        0,
+                        rows,
+                        hidden_,
+                        inner_,
+                        ddown_proj,
+                        0,
+                        hidden_};
+    const Outer of_gate{wave.view(torch::stable::get_num_threads()),
+                        gate.dgate_depths,
+                        pack_x.depths,
+                        0,
+                        rows,
+                        inner_,
+                        hidden_,
+                        dgate_up_proj,
+                        0,
+                        gate_up_proj_.rows};
     Outer of_up = of_gate;
     of_up.a = gate.dup_depths;
     of_up.first_row = inner_;
-    const BiasGradient bias{wave.view(), dy_, expert_weight, ddown_bias, ddown_bias_dtype};
-    const PickGradient pick{wave.view(), gate.dweight_blocks, inner_blocks, gate.total_rows, dy_,
-                            down_proj_,  plan_.perm.data(),   dweights,     dweights_dtype};
+    const BiasGradient bias{wave.view(torch::stable::get_num_threads()), dy_, expert_weight, ddown_bias, ddown_bias_dtype};
+    const PickGradient pick{wave.view(torch::stable::get_num_threads()),
+                            gate.dweight_blocks,
+                            inner_blocks,
+                            gate.total_rows,
+                            dy_,
+                            down_proj_,
+                            plan_.perm.data(),
+                            dweights,
+                            dweights_dtype};
     const int64_t hidden_blocks = ceil_div(hidden_, kBlock);
     const int64_t outer_blocks = proj() ? wave.count() * inner_blocks * hidden_blocks : 0;
     const int64_t ends[] = {dhidden_rows == nullptr ? 0 : wave.count() * hidden_blocks,
@@ -370,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Combine sum{tokens, top_k, hidden, plan.rows(), backward.dhidden_rows, nullptr, plan.inv.data(), dx.data_ptr()};
     const auto& kernels = FASTLM_CPU_KERNELS(moe_dispatch_forward);
     const int k = kernel_index(dtype);
-    parallel_for(op, tokens, std::max<int64_t>(1, 65536 / (hidden * top_k)),
+    parallel_for(op, tokens, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, hidden * top_k)),
                  [&](int64_t first, int64_t last) { kernels.combine[k](sum, first, last); });
   }
   return {dx, dgate_up_proj, ddown_proj, dweights, dgate_up_bias, ddown_bias};

@@ -39,6 +39,7 @@ struct Group {
 struct Groups {
   const Group* group;
   int64_t count;
+  int64_t threads;  // a thread that has done piece i probably does piece i + threads next: what that reads is fetched ahead
 };
 
 // One matrix per expert.

@@ -27,7 +27,7 @@ struct Wave {
 
   // Appends rows [begin, end) of an expert. `tile`: rows of a whole tile; groups of up to `small` rows are not packed.
   void add(int64_t expert, int64_t begin, int64_t end, int64_t tile, int64_t small);
-  Groups view() const { return {groups.data(), static_cast<int64_t>(groups.size())}; }
+  Groups view(int64_t threads) const { return {groups.data(), static_cast<int64_t>(groups.size()), threads}; }
   int64_t count() const { return static_cast<int64_t>(groups.size()); }
   // Blocks of kBlock packed rows.
   int64_t blocks() const;

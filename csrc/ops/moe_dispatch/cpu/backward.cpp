@@ -88,8 +88,8 @@ struct GateBlock {
   const Group& group;
   int64_t column;
   Layouts<E> act, gate, up;
-  A* dgate_sums;  // kBlock each, or null
-  A* dup_sums;
+  A* sums;        // (2, kBlock) of dgate and dup over all rows, or null
+  A* block_sums;  // the same over one block of rows: one chain over thousands of rows would lose digits
 };
 
 // One vector of columns of one row: its share of <da, act>, and what is to be written.
@@ -143,20 +143,26 @@ void gate_rows(const GateBlock<T>& b, int64_t row, int64_t rows, int64_t columns
       b.act.write(row + r, column, first.act, second.act, has_second);
       b.gate.write(row + r, column, first.dgate, second.dgate, has_second);
       if (kGated) b.up.write(row + r, column, first.dup, second.dup, has_second);
-      if (b.dgate_sums == nullptr) continue;
-      store(b.dgate_sums + i, load(b.dgate_sums + i) + first.dgate + second.dgate);
-      if (kGated) store(b.dup_sums + i, load(b.dup_sums + i) + first.dup + second.dup);
+      if (b.sums == nullptr) continue;
+      A* dgate_sums = b.block_sums + i;
+      A* dup_sums = dgate_sums + kBlock;
+      store(dgate_sums, load(dgate_sums) + first.dgate + second.dgate);
+      if (kGated) store(dup_sums, load(dup_sums) + first.dup + second.dup);
     }
     shares[r] = reduce_add(share[0]);
     if (has_second) shares[r + 1] = reduce_add(share[1]);
   }
+  for (int64_t i = 0; b.sums != nullptr && i < 2 * kBlock; i += kLanes) {
+    store(b.sums + i, load(b.sums + i) + load(b.block_sums + i));
+    store(b.block_sums + i, V{});
+  }
 }
 
 template <class T, class F, bool kGated>
-void gate_block(const GateBackward& p, const Group& group, int64_t column, int64_t columns) {
+void gate_block(const GateBackward& p, const Group& group, int64_t column, int64_t columns, const NextPiece& next) {
   using E = operand_t<T>;
   using A = acc_t<T>;
-  char* scratch = static_cast<char*>(thread_scratch(kProductScratch<E> + 2 * sizeof(A) * kBlock));
+  char* scratch = static_cast<char*>(thread_scratch(kProductScratch<E> + 4 * sizeof(A) * kBlock));
   if (scratch == nullptr) return;
   A* sums = reinterpret_cast<A*>(scratch + kProductScratch<E>);
   GateBlock<T> b{p,
@@ -166,10 +172,11 @@ void gate_block(const GateBackward& p, const Group& group, int64_t column, int64
                  layouts_of<E>(p, group, p.dgate_rows, p.dgate_depths),
                  layouts_of<E>(p, group, p.dup_rows, p.dup_depths),
                  p.dbias == nullptr ? nullptr : sums,
-                 p.dbias == nullptr ? nullptr : sums + kBlock};
-  if (p.dbias != nullptr) __builtin_memset(sums, 0, 2 * sizeof(A) * kBlock);
+                 sums + 2 * kBlock};
+  if (p.dbias != nullptr) __builtin_memset(sums, 0, 4 * sizeof(A) * kBlock);
   const Segment segment{p.dy, p.down.rows, 0};
-  group_times_weight<T>(p.down, group, p.packed_begin, &segment, 1, column, columns, scratch,
+  const Ahead ahead = columns_of_next<T>(p.down, next, p.down.rows);
+  group_times_weight<T>(p.down, group, p.packed_begin, &segment, 1, column, columns, ahead, scratch,
                         [&](int64_t row, int64_t rows, const A* c) { gate_rows<T, F, kGated>(b, row, rows, columns, c); });
   if (p.dbias == nullptr) return;
   const int64_t at = group.expert * (kGated ? 2 * p.inner : p.inner) + column;
@@ -186,7 +193,8 @@ void gate(const GateBackward& p, int64_t piece) {
   const int64_t column = piece % blocks * kBlock;
   const int64_t columns = min_of(kBlock, p.inner - column);
   with_activation(p.activation, [&]<class F>() {
-    p.gated ? gate_block<T, F, true>(p, group, column, columns) : gate_block<T, F, false>(p, group, column, columns);
+    const NextPiece next(p.groups, piece, blocks);
+    p.gated ? gate_block<T, F, true>(p, group, column, columns, next) : gate_block<T, F, false>(p, group, column, columns, next);
   });
 }
 
@@ -200,7 +208,8 @@ void row_product(const RowProduct& p, int64_t piece) {
   const Group& group = p.groups.group[piece / blocks];
   const int64_t column = piece % blocks * kBlock;
   const int64_t columns = min_of(kBlock, p.weight.depth - column);
-  group_times_weight<T>(p.weight, group, p.packed_begin, p.segments, p.num_segments, column, columns, scratch,
+  const Ahead ahead = columns_of_next<T>(p.weight, NextPiece(p.groups, piece, blocks), p.segments[0].depth);
+  group_times_weight<T>(p.weight, group, p.packed_begin, p.segments, p.num_segments, column, columns, ahead, scratch,
                         [&](int64_t row, int64_t rows, const A* c) {
                           for (int64_t r = 0; r < rows; ++r) {
                             const int64_t at = (group.begin + row + r) * p.out_row_stride + column;
@@ -263,12 +272,18 @@ void bias(const BiasGradient& p, int64_t piece) {
   const Group& group = p.groups.group[piece / blocks];
   const int64_t column = piece % blocks * kBlock;
   const int64_t columns = min_of(kBlock, p.dy.columns - column);
-  A sums[kBlock] = {};
+  // Rows are summed in blocks: one chain over thousands of them would lose digits.
+  A sums[kBlock] = {}, block[kBlock] = {};
   for (int64_t r = group.begin; r < group.end; ++r) {
     const V weight = broadcast<V>(static_cast<const A*>(p.expert_weight)[r]);
     const T* from = dy_row<T>(p.dy, r) + column;
     for (int64_t i = 0; i < columns; i += kLanes) {
-      store(sums + i, fma(weight, load_upto(from + i, columns - i), load(sums + i)));
+      store(block + i, fma(weight, load_upto(from + i, columns - i), load(block + i)));
+    }
+    if ((r - group.begin) % kRowBlock < kRowBlock - 1 && r + 1 < group.end) continue;
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      store(sums + i, load(sums + i) + load(block + i));
+      store(block + i, V{});
     }
   }
   for (int64_t i = 0; i < columns; ++i) store_param(p.out, p.dtype, group.expert * p.dy.columns + column + i, sums[i]);

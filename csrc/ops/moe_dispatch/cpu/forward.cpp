@@ -186,8 +186,19 @@ void activate(const operand_acc<E>* c, int64_t first, int64_t count, int64_t row
   }
 }
 
+// The first chunk of what a piece about inner rows [begin, begin + size) of a group packs.
+template <class T, bool kGated>
+FASTLM_INLINE Ahead inner_rows_of_next(const GateUp& p, const NextPiece& next, int64_t size) {
+  if (next.group == nullptr) return {};
+  const int64_t begin = next.block * size;
+  const int64_t count = min_of(size, p.inner - begin);
+  const RowRange ranges[2] = {{begin, count, 0}, {p.inner + begin, count, kHalfBlock}};
+  const int64_t depth = min_of(kChunk * depth_per_operand<operand_t<T>>, p.weight.depth);
+  return rows_ahead<T>(p.weight, next.group->expert, ranges, kGated ? 2 : 1, 0, depth);
+}
+
 template <class T, class F, bool kGated>
-void gate_up_block(const GateUp& p, const Group& group, int64_t begin, int64_t end) {
+void gate_up_block(const GateUp& p, const Group& group, int64_t begin, int64_t end, const NextPiece& next) {
   using E = operand_t<T>;
   using A = acc_t<T>;
   constexpr int64_t kN = kPackedColumns<E>;
@@ -197,7 +208,8 @@ void gate_up_block(const GateUp& p, const Group& group, int64_t begin, int64_t e
   constexpr int64_t kRanges = kGated ? 2 : 1;
   const int64_t operands = operand_depth<E>(p.inner);
   const E* x = static_cast<const E*>(p.x_packed) + group.packed * operand_depth<E>(p.weight.depth);
-  weight_times_group<T>(p.weight, group, x, ranges, kRanges, scratch, [&](int64_t row, int64_t rows, A* c) {
+  const Ahead ahead = inner_rows_of_next<T, kGated>(p, next, kGated ? kHalfBlock : kBlock);
+  weight_times_group<T>(p.weight, group, x, ranges, kRanges, ahead, scratch, [&](int64_t row, int64_t rows, A* c) {
     for (int64_t i = 0; i < kRanges; ++i) {
       add_row_bias<E>(p.weight, group.expert, ranges[i], rows, c);
       if (p.gate_up == nullptr) continue;
@@ -221,7 +233,8 @@ void gate_up(const GateUp& p, int64_t piece) {
     if (group.small) {
       p.gated ? small_gate_up<T, F, true>(p, group, begin, end) : small_gate_up<T, F, false>(p, group, begin, end);
     } else {
-      p.gated ? gate_up_block<T, F, true>(p, group, begin, end) : gate_up_block<T, F, false>(p, group, begin, end);
+      const NextPiece next(p.groups, piece, blocks);
+      p.gated ? gate_up_block<T, F, true>(p, group, begin, end, next) : gate_up_block<T, F, false>(p, group, begin, end, next);
     }
   });
 }
@@ -240,7 +253,14 @@ void product(const Product& p, int64_t piece) {
   if (scratch == nullptr) return;
   const RowRange range{begin, end - begin, 0};
   const E* x = static_cast<const E*>(p.x_packed) + group.packed * operand_depth<E>(p.weight.depth);
-  weight_times_group<T>(p.weight, group, x, &range, 1, scratch, [&](int64_t row, int64_t rows, A* c) {
+  const NextPiece next(p.groups, piece, blocks);
+  Ahead ahead{};
+  if (next.group != nullptr) {
+    const RowRange rows{next.block * kBlock, min_of(kBlock, p.weight.rows - next.block * kBlock), 0};
+    const int64_t depth = min_of(kChunk * depth_per_operand<E>, p.weight.depth);
+    ahead = rows_ahead<T>(p.weight, next.group->expert, &rows, 1, 0, depth);
+  }
+  weight_times_group<T>(p.weight, group, x, &range, 1, ahead, scratch, [&](int64_t row, int64_t rows, A* c) {
     add_row_bias<E>(p.weight, group.expert, range, rows, c);
     const int64_t at = row * p.out_row_stride + begin;
     if (p.out_acc) {

@@ -9,6 +9,7 @@ namespace fastlm::FASTLM_CPU_LEVEL {
 namespace {
 
 using moe_dispatch::Group;
+using moe_dispatch::Groups;
 using moe_dispatch::kBlock;
 using moe_dispatch::kChunk;
 using moe_dispatch::kHalfBlock;
@@ -43,6 +44,19 @@ FASTLM_INLINE bool is_transposed(const Weights& w) { return w.row_stride == 1 &&
 struct RowRange {
   int64_t first, count;
   int64_t at;  // first row of the block
+};
+
+// The group and the block within it that piece i + threads is about, if there is such a piece and it packs what it reads.
+struct NextPiece {
+  const Group* group = nullptr;
+  int64_t block = 0;
+
+  FASTLM_INLINE NextPiece(const Groups& groups, int64_t piece, int64_t blocks) {
+    const int64_t next = piece + groups.threads;
+    if (next >= groups.count * blocks || groups.group[next / blocks].small) return;
+    group = groups.group + next / blocks;
+    block = next % blocks;
+  }
 };
 
 // ---- forward: rows of the weight x packed columns of x ------------------------------------------------------------------
@@ -81,9 +95,24 @@ FASTLM_INLINE void multiply_weight_rows(PackedProduct<E> product, bool transpose
 
 // Calls use(first sorted row of the block, rows in it, sums) for all rows of the group. Sums lie in panels of N sorted rows:
 // (rows / N, kBlock, N). `x` are the group's packed columns.
+template <class T>
+FASTLM_INLINE Ahead rows_ahead(const Weights& w, int64_t expert, const RowRange* ranges, int64_t num_ranges, int64_t depth,
+                               int64_t count) {
+  Ahead ahead{};
+  for (int i = 0; i < num_ranges; ++i) {
+    const T* first = element<T>(w, expert, ranges[i].first, depth);
+    if (is_transposed(w)) {
+      add_stretch(ahead, i, first, count, w.depth_stride, ranges[i].count);
+    } else if (w.depth_stride == 1) {
+      add_stretch(ahead, i, first, ranges[i].count, w.row_stride, count);
+    }
+  }
+  return ahead;
+}
+
 template <class T, class Use>
 FASTLM_INLINE void weight_times_group(const Weights& w, const Group& group, const operand_t<T>* x, const RowRange* ranges,
-                                      int64_t num_ranges, void* scratch, const Use& use) {
+                                      int64_t num_ranges, const Ahead& next_piece, void* scratch, const Use& use) {
   using E = operand_t<T>;
   constexpr int64_t kN = kPackedColumns<E>;
   constexpr int64_t kValues = kChunk * depth_per_operand<E>;
@@ -105,14 +134,10 @@ FASTLM_INLINE void weight_times_group(const Weights& w, const Group& group, cons
       product.depth = operand_depth<E>(count);
       product.columns = round_up(min_of(kRowBlock, group.end - group.begin - row), kOperandLanes<E>);
       product.add = depth > 0;
-      const int64_t next = min_of(kValues, w.depth - depth - kValues);
-      for (int i = 0; i < num_ranges && next > 0; ++i) {
-        const T* first = element<T>(w, group.expert, ranges[i].first, depth + kValues);
-        if (transposed) {
-          add_stretch(product.ahead, i, first, next, w.depth_stride, ranges[i].count);
-        } else if (w.depth_stride == 1) {
-          add_stretch(product.ahead, i, first, ranges[i].count, w.row_stride, next);
-        }
+      if (const int64_t next = min_of(kValues, w.depth - depth - kValues); next > 0) {
+        product.ahead = rows_ahead<T>(w, group.expert, ranges, num_ranges, depth + kValues, next);
+      } else if (row + kRowBlock >= group.end - group.begin) {
+        product.ahead = next_piece;
       }
       if (num_ranges == 2 && ranges[0].count == kHalfBlock && ranges[1].count == kHalfBlock) {
         multiply_weight_rows<E>(product, transposed, weight, {0, kBlock, 0}, c);
@@ -164,9 +189,32 @@ void pack_weight_columns(const Weights& w, int64_t expert, int64_t depth, int64_
 }
 
 // Calls use(first row of the block in the group, rows in it, sums) for all rows of the group. Sums are row-major, kBlock columns.
+template <class T>
+FASTLM_INLINE Ahead columns_ahead(const Weights& w, int64_t expert, int64_t depth, int64_t count, int64_t column,
+                                  int64_t columns) {
+  Ahead ahead{};
+  const T* first = element<T>(w, expert, depth, column);
+  if (is_transposed(w)) {
+    add_stretch(ahead, 0, first, columns, w.depth_stride, count);
+  } else if (w.depth_stride == 1) {
+    add_stretch(ahead, 0, first, count, w.row_stride, columns);
+  }
+  return ahead;
+}
+
+// The first chunk that a piece about this block of columns packs.
+template <class T>
+FASTLM_INLINE Ahead columns_of_next(const Weights& w, const NextPiece& next, int64_t depth) {
+  if (next.group == nullptr) return {};
+  const int64_t column = next.block * kBlock;
+  const int64_t count = min_of(kChunk * depth_per_operand<operand_t<T>>, depth);
+  return columns_ahead<T>(w, next.group->expert, 0, count, column, min_of(kBlock, w.depth - column));
+}
+
 template <class T, class Use>
 FASTLM_INLINE void group_times_weight(const Weights& w, const Group& group, int64_t packed_begin, const Segment* segments,
-                                      int64_t num_segments, int64_t column, int64_t columns, void* scratch, const Use& use) {
+                                      int64_t num_segments, int64_t column, int64_t columns, const Ahead& next_piece,
+                                      void* scratch, const Use& use) {
   using E = operand_t<T>;
   constexpr int64_t kN = kPackedColumns<E>;
   constexpr int64_t kValues = kChunk * depth_per_operand<E>;
@@ -197,12 +245,12 @@ FASTLM_INLINE void group_times_weight(const Weights& w, const Group& group, int6
         product.columns = round_up(columns, kOperandLanes<E>);
         product.add = s > 0 || depth > 0;
         if (const int64_t next = min_of(kValues, segment.depth - depth - kValues); next > 0) {
-          const T* first = element<T>(w, group.expert, segment.weight_row + depth + kValues, column);
-          if (is_transposed(w)) {
-            add_stretch(product.ahead, 0, first, columns, w.depth_stride, next);
-          } else if (w.depth_stride == 1) {
-            add_stretch(product.ahead, 0, first, next, w.row_stride, columns);
-          }
+          product.ahead = columns_ahead<T>(w, group.expert, segment.weight_row + depth + kValues, next, column, columns);
+        } else if (s + 1 < num_segments) {
+          const Segment& then = segments[s + 1];
+          product.ahead = columns_ahead<T>(w, group.expert, then.weight_row, min_of(kValues, then.depth), column, columns);
+        } else if (row + kRowBlock >= group.end - group.begin) {
+          product.ahead = next_piece;
         }
         packed_multiply<E, PackedA::kRows>(product);
       }
