@@ -30,6 +30,13 @@ class Dtype(str, Enum):
     bf16 = "bf16"
 
 
+class Estimator(str, Enum):
+    v2 = "v2"
+    v2_star = "v2_star"
+    v1 = "v1"
+    topk = "topk"
+
+
 def train(
     architecture: Annotated[Architecture, typer.Argument(help="Model family.")] = Architecture.samba,
     out: Annotated[Path | None, typer.Option(help="Folder of the run: new, empty, or with --resume.")] = None,
@@ -45,6 +52,26 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Length in steps instead of minutes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     preset: Annotated[str | None, typer.Option(help="Size of the model.", show_default="demo")] = None,
+    num_experts: Annotated[
+        int | None,
+        typer.Option(help="Experts of every feed-forward layer.", show_default="the preset's, mostly none"),
+    ] = None,
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option(help="Experts a token visits.", show_default="2")
+    ] = None,
+    expert_size: Annotated[
+        int | None,
+        typer.Option(help="Inner width of an expert.", show_default="that of the preset's dense layer"),
+    ] = None,
+    router_estimator: Annotated[
+        Estimator | None,
+        typer.Option(
+            help="Gradient of the router: GRIN's v2, v2_star, v1; topk: no sampling.", show_default="v2"
+        ),
+    ] = None,
+    router_aux_loss_coef: Annotated[
+        float | None, typer.Option(help="Weight of the load-balance loss.", show_default="0.01")
+    ] = None,
     vocab_size: Annotated[
         int | None, typer.Option(help="Most tokens of the vocabulary.", show_default="the preset's")
     ] = None,

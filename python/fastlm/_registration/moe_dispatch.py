@@ -285,7 +285,8 @@ def _setup_experts(
 
 
 def _backward_experts(ctx: Any, dout: Tensor | None, _gate_up: None) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors[:-1]  # the last one is gate_up
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing unpacks them only once
+    inputs = saved[:-1]  # the last one is gate_up
     if dout is None:
         return (None,) * len(inputs)
     # Trailing arguments that were omitted are not in the list.
@@ -294,7 +295,7 @@ def _backward_experts(ctx: Any, dout: Tensor | None, _gate_up: None) -> tuple[Te
     hidden, gate_up_proj, down_proj, _, weights, gate_up_bias, down_bias, _ = needed
     dhidden, dgate_up_proj, ddown_proj, dweights, dgate_up_bias, ddown_bias = _ops.moe_experts_backward(
         dout,
-        *ctx.saved_tensors,
+        *saved,
         activation=ctx.activation,
         need_dhidden_states=hidden,
         need_dproj=gate_up_proj or down_proj or gate_up_bias or down_bias,

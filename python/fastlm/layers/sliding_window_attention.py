@@ -33,6 +33,7 @@ class SlidingWindowAttention(nn.Module):
         head_dim: `K`; default `hidden_size / num_attention_heads`.
         sliding_window: `W`, keys a query sees, at least 1.
         rope_theta: base of the rotary frequencies; None leaves positions out (NoPE).
+        bias: the four projections have biases.
         device, dtype: of the weights.
 
     Raises:
@@ -50,6 +51,7 @@ class SlidingWindowAttention(nn.Module):
         head_dim: int | None = None,
         sliding_window: int = 2048,
         rope_theta: float | None = 10000.0,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,10 +77,11 @@ class SlidingWindowAttention(nn.Module):
         self.sliding_window = sliding_window
         self.rotary = None if rope_theta is None else RotaryTable(self.head_dim, rope_theta)
         q_size, kv_size = num_attention_heads * self.head_dim, kv_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden_size, q_size, bias=False, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(hidden_size, kv_size, bias=False, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(hidden_size, kv_size, bias=False, device=device, dtype=dtype)
-        self.o_proj = nn.Linear(q_size, hidden_size, bias=False, device=device, dtype=dtype)
+        like: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(hidden_size, q_size, **like)
+        self.k_proj = nn.Linear(hidden_size, kv_size, **like)
+        self.v_proj = nn.Linear(hidden_size, kv_size, **like)
+        self.o_proj = nn.Linear(q_size, hidden_size, **like)
 
     @property
     def window_size(self) -> tuple[int, int]:

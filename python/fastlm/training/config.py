@@ -25,6 +25,24 @@ class TrainConfig(BaseModel):
         None, description="folder or file of text; default: Python's own library source"
     )
     preset: str = Field("demo", description="model size, one of fastlm.models.samba's presets")
+    num_experts: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="experts of every feed-forward layer, 0 for none; default: the preset's",
+    )
+    num_experts_per_tok: int | None = Field(
+        None, ge=1, le=8, description="experts a token visits; default: the preset's"
+    )
+    expert_size: int | None = Field(
+        None, ge=1, description="inner width of an expert; default: that of the preset's feed-forward layer"
+    )
+    router_estimator: Literal["v2", "v2_star", "v1", "topk"] | None = Field(
+        None, description="of the router's gradient; topk: no sampling, as in GShard; default: the preset's"
+    )
+    router_aux_loss_coef: float | None = Field(
+        None, ge=0, description="weight of the load-balance loss; default: the preset's"
+    )
     vocab_size: int | None = Field(None, ge=257, le=1_000_000, description="tokens; default: the preset's")
     minutes: float | None = Field(None, gt=0, le=1e6, description="length of the run in minutes of training")
     steps: int | None = Field(None, gt=0, description="length of the run in optimizer steps")
@@ -80,6 +98,13 @@ class TrainConfig(BaseModel):
         if micro is not None and self.batch_tokens % micro != 0:
             raise ValueError(f"micro_batch_tokens must divide batch_tokens {self.batch_tokens}, got {micro}")
         return self
+
+    @property
+    def expert_changes(self) -> dict[str, Any]:
+        """What the run changes in the preset's feed-forward layers, by the names of `SambaConfig`."""
+        names = ("num_experts", "num_experts_per_tok", "router_estimator", "router_aux_loss_coef")
+        given = {name: getattr(self, name) for name in names} | {"intermediate_size": self.expert_size}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def budget_seconds(self) -> float | None:

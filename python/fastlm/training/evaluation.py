@@ -19,6 +19,7 @@ from fastlm.training.batches import PackedRow, Piece, evaluation_rows, pack
 from fastlm.training.data import PreparedData
 
 if TYPE_CHECKING:
+    from fastlm.layers import Routing
     from fastlm.models.samba import SambaForCausalLM
 
 
@@ -61,10 +62,12 @@ def held_out_text(data: PreparedData, rows: list[list[Piece]]) -> Iterator[bytes
         yield b"".join(spelling[token] for token in data.held_out.tokens(document, 0, stop + 1).tolist())
 
 
-def row_loss(model: SambaForCausalLM, row: PackedRow, dtype: str) -> torch.Tensor:
-    """Summed nats of a row's targets, float32 scalar."""
+def row_loss(
+    model: SambaForCausalLM, row: PackedRow, dtype: str, routing: list[Routing] | None = None
+) -> torch.Tensor:
+    """Summed nats of a row's targets, float32 scalar; what routers decide is appended to `routing`."""
     with autocast(dtype):
-        hidden = model.model(row.input_ids, cu_seqlens=row.cu_seqlens)
+        hidden = model.model(row.input_ids, cu_seqlens=row.cu_seqlens, routing=routing)
         return model.loss(hidden, shift_labels=row.shift_labels, reduction="sum")
 
 

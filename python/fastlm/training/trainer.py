@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 import fastlm
+from fastlm.layers import Routing
 from fastlm.models.samba import SambaConfig, SambaForCausalLM
 from fastlm.training.atomic import new_folder
 from fastlm.training.batches import PackedSampler
 from fastlm.training.checkpoint import CheckpointFolder, Position
-from fastlm.training.config import TrainConfig, reason
+from fastlm.training.config import TrainConfig, flag_of, reason
 from fastlm.training.data import PreparedData, prepare_data
 from fastlm.training.errors import InputError, RunError
 from fastlm.training.evaluation import Evaluation, evaluate, held_out_rows, row_loss
@@ -116,9 +117,18 @@ def resolve_dtype(config: TrainConfig) -> str:
 def model_config(config: TrainConfig, vocab_size: int) -> SambaConfig:
     """The preset with the vocabulary of the run's tokenizer (or `vocab_size` as a bound)."""
     try:
-        return SambaConfig.from_preset(config.preset, vocab_size=vocab_size)
+        sizes = SambaConfig.from_preset(config.preset, vocab_size=vocab_size)
     except (ValueError, KeyError) as error:
         raise InputError(f"--preset: {error.args[0] if error.args else error}") from error
+    try:
+        changed = sizes.changed(**config.expert_changes)
+    except ValueError as error:
+        raise InputError(f"experts: {error}") from error
+    if changed.num_experts == 0 and config.expert_changes.keys() - {"num_experts"}:
+        first = next(name for name in config.expert_changes if name != "num_experts")
+        flag = flag_of("expert_size" if first == "intermediate_size" else first)
+        raise InputError(f"{flag}: needs --num-experts of at least 2, got a model without experts")
+    return changed
 
 
 def _run(out: Path, record: RunRecord, lock: RunLock, reporter: Reporter) -> RunRecord:
@@ -254,9 +264,15 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         nats = 0.0
+        if self.model.config.num_experts:  # routers sample: what they draw depends on the step alone
+            torch.manual_seed((config.seed + 1_000_003 * (self.step + 1)) % 2**63)
         for row in rows:
-            loss = row_loss(self.model, row, self.record.dtype)
-            (loss / targets).backward()
+            routing: list[Routing] | None = [] if self.model.config.num_experts else None
+            loss = row_loss(self.model, row, self.record.dtype, routing)
+            total = loss / targets
+            if routing:
+                total = total + self.model.auxiliary_loss(routing) / count
+            total.backward()
             nats += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         if not (math.isfinite(nats) and math.isfinite(norm)):

@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fastlm.layers.grin_moe import ESTIMATORS, EXPERT_GRADS
+
 MODEL_TYPE = "fastlm_samba"
 
 # What a block may contain before its feed-forward layer, in this order.
 BLOCK_KINDS = ("mamba", "sliding_attention", "mamba+sliding_attention")
+NORM_TYPES = ("rms_norm", "layer_norm")
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,15 @@ class SambaConfig:
         state_size, conv_kernel, expand: of the Mamba mixer.
         time_step_rank: default `ceil(hidden_size / 16)`.
         time_step_min, time_step_max, time_step_floor: initial step sizes.
-        rms_norm_eps: added to the mean square.
+        rms_norm_eps: added to the mean square, or to the variance of a layer norm.
+        norm_type: `rms_norm` or `layer_norm` (with bias), of all norms.
+        attention_bias, lm_head_bias: biases of the attention's projections and of the output projection.
         tie_word_embeddings: the output projection is the embedding.
         initializer_range: standard deviation of the embedding's initial values.
-        num_experts: 0; reserved for mixture-of-experts feed-forward layers.
+        num_experts: experts of every feed-forward layer, each `intermediate_size` wide; 0: a dense layer.
+        num_experts_per_tok: experts a token visits.
+        router_jitter_noise, input_jitter_noise, router_estimator, expert_grad: see `fastlm.layers.GrinMoE`.
+        router_aux_loss_coef: weight of the load-balance loss in training; 0: none.
         bos_token_id, eos_token_id, pad_token_id: special tokens, None where there is none.
 
     Raises:
@@ -75,7 +83,16 @@ class SambaConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    norm_type: str = "rms_norm"
+    attention_bias: bool = False
+    lm_head_bias: bool = False
     num_experts: int = 0
+    num_experts_per_tok: int = 2
+    router_jitter_noise: float = 0.01
+    input_jitter_noise: float = 0.01
+    router_estimator: str = "v2"
+    expert_grad: str = "full"
+    router_aux_loss_coef: float = 0.01
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -102,12 +119,16 @@ class SambaConfig:
 
     def _check_positive(self) -> None:
         """Integers are integers and not below their smallest value; sizes given as None are filled later."""
+        may_be_zero = ("router_jitter_noise", "input_jitter_noise", "router_aux_loss_coef")
         least = {"conv_kernel": 2, "num_experts": 0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", "int | None") and value is not None:
                 if not isinstance(value, int) or isinstance(value, bool) or value < least.get(field.name, 1):
                     _fail(field.name, f"an integer of at least {least.get(field.name, 1)}", repr(value))
+            elif field.type == "float" and field.name in may_be_zero:
+                if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                    _fail(field.name, "a number of at least 0", repr(value))
             elif field.type == "float" and not (
                 isinstance(value, (int, float)) and value > 0 and math.isfinite(value)
             ):
@@ -130,12 +151,23 @@ class SambaConfig:
             token = getattr(self, name)
             if token is not None and token >= self.vocab_size:
                 _fail(name, f"below vocab_size = {self.vocab_size}", str(token))
-        if self.num_experts:
-            _fail(
-                "num_experts",
-                "0",
-                f"{self.num_experts}. Mixture-of-experts feed-forward layers are not available yet.",
-            )
+        for name, known in (
+            ("norm_type", NORM_TYPES),
+            ("router_estimator", ESTIMATORS),
+            ("expert_grad", EXPERT_GRADS),
+        ):
+            if getattr(self, name) not in known:
+                _fail(name, f"one of {', '.join(known)}", repr(getattr(self, name)))
+        for name in ("router_jitter_noise", "input_jitter_noise"):
+            if getattr(self, name) >= 1:
+                _fail(name, "below 1", str(getattr(self, name)))
+        if self.num_experts == 1:
+            _fail("num_experts", "0 or at least 2", "1")
+        most = min(self.num_experts, 8)
+        if self.num_experts and self.num_experts_per_tok > most:
+            _fail("num_experts_per_tok", f"at most {most}", str(self.num_experts_per_tok))
+        if self.lm_head_bias and self.tie_word_embeddings:
+            _fail("lm_head_bias", "False while tie_word_embeddings is True", "True")
 
     @property
     def layer_types(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from fastlm.models.samba.cache import LayerCache
 from fastlm.models.samba.passes import Pass
 
 if TYPE_CHECKING:
-    from fastlm.models.samba.modeling import SambaBlock
+    from fastlm.models.samba.block import SambaBlock
 
 # Rows up to which it is faster than the layers: the operator reads the weights once for every four rows, a matrix product once
 # for all.
@@ -37,8 +37,11 @@ def step_pair(
     if first is None or second is None:
         return None
     mamba, attn = first.mamba, second.attn
+    mlps = first.mlp, second.mlp
     state, ring = caches[0].mamba, caches[1].attention
     if mamba is None or attn is None or state is None or ring is None:
+        return None
+    if not isinstance(mlps[0], SwiGLU) or not isinstance(mlps[1], SwiGLU):
         return None
     if mamba.in_proj.weight.dtype != state.conv.dtype or ring.k.dtype != state.conv.dtype:
         return None
@@ -56,9 +59,9 @@ def step_pair(
         D=mamba.D,
         out_proj=mamba.out_proj.weight,
         mamba_mlp_norm=first.mlp_norm.weight,
-        mamba_w1=first.mlp.w1.weight,
-        mamba_w2=first.mlp.w2.weight,
-        mamba_w3=first.mlp.w3.weight,
+        mamba_w1=mlps[0].w1.weight,
+        mamba_w2=mlps[0].w2.weight,
+        mamba_w3=mlps[0].w3.weight,
         conv_state=state.conv,
         scan_state=state.scan,
         attn_norm=second.attn_norm.weight,
@@ -67,9 +70,9 @@ def step_pair(
         v_proj=attn.v_proj.weight,
         o_proj=attn.o_proj.weight,
         attn_mlp_norm=second.mlp_norm.weight,
-        attn_w1=second.mlp.w1.weight,
-        attn_w2=second.mlp.w2.weight,
-        attn_w3=second.mlp.w3.weight,
+        attn_w1=mlps[1].w1.weight,
+        attn_w2=mlps[1].w2.weight,
+        attn_w3=mlps[1].w3.weight,
         k_cache=ring.k,
         v_cache=ring.v,
         cache_seqlens=step.step_positions,
@@ -118,8 +121,9 @@ def _as_pair(blocks: Iterable[nn.Module]) -> tuple[SambaBlock, SambaBlock] | tup
         return None, None
     if not _is_plain(first, _MAMBA_BLOCK | _MLP) or not _is_plain(second, _ATTENTION_BLOCK | _MLP):
         return None, None
-    mamba = first.mamba
-    if any(part is not None for part in (mamba.in_proj.bias, mamba.out_proj.bias, mamba.dt_layernorm)):
+    mamba, attn = first.mamba, second.attn
+    extras = (mamba.in_proj.bias, mamba.out_proj.bias, mamba.dt_layernorm, attn.q_proj.bias)
+    if any(part is not None for part in extras):
         return None, None
     if len({norm.eps for norm in (first.mamba_norm, first.mlp_norm, second.attn_norm, second.mlp_norm)}) != 1:
         return None, None

@@ -34,10 +34,11 @@ except ImportError as error:
     ) from error
 
 from fastlm import ops
+from fastlm.layers import Routing
 from fastlm.layers.rms_norm import compute_dtype
 from fastlm.models.samba.cache import SambaCache
 from fastlm.models.samba.config import MODEL_TYPE, SambaConfig
-from fastlm.models.samba.modeling import SambaModel, next_tokens, scale_initial_values
+from fastlm.models.samba.modeling import SambaModel, auxiliary_loss, next_tokens, scale_initial_values
 
 _FIELDS = tuple(field.name for field in fields(SambaConfig))
 
@@ -78,7 +79,7 @@ class FastlmSambaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         super().__init__(config)
         sizes = config.to_samba()
         self.model = SambaModel(sizes)
-        self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+        self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=sizes.lm_head_bias)
         scale_initial_values(self.model, sizes)
         self._drawn = not self.lm_head.weight.is_meta
         self.post_init()
@@ -118,21 +119,32 @@ class FastlmSambaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         """
         if use_cache and past_key_values is None:
             past_key_values = self._new_cache(input_ids.shape[0])
-        hidden = self._hidden(input_ids, attention_mask, past_key_values)
+        routing: list[Routing] | None = [] if labels is not None and self.training else None
+        hidden = self._hidden(input_ids, attention_mask, past_key_values, routing)
         if labels is not None:
             loss = self._loss(hidden, labels, attention_mask, num_items_in_batch)
+            if routing:
+                loss = loss + auxiliary_loss(routing, self.config.router_aux_loss_coef)
             return CausalLMOutputWithPast(loss=loss, past_key_values=past_key_values)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, kept]), past_key_values=past_key_values)
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None, cache: SambaCache | None) -> Tensor:
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: SambaCache | None,
+        routing: list[Routing] | None,
+    ) -> Tensor:
         """Hidden states `(B, L, d)`; padded positions are left out of the pass and get zeros."""
         if attention_mask is None or bool(attention_mask.all()):
-            hidden: Tensor = self.model(input_ids, cache)
+            hidden: Tensor = self.model(input_ids, cache, routing=routing)
             return hidden
         real = attention_mask.bool()
         cu_seqlens = functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        packed: Tensor = self.model(input_ids[real].unsqueeze(0), cache, cu_seqlens=cu_seqlens)
+        packed: Tensor = self.model(
+            input_ids[real].unsqueeze(0), cache, cu_seqlens=cu_seqlens, routing=routing
+        )
         return packed.new_zeros(*input_ids.shape, packed.shape[-1]).index_put((real,), packed[0])
 
     def _loss(
@@ -144,7 +156,9 @@ class FastlmSambaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
             targets = targets.masked_fill(attention_mask == 0, -100)
         weight = self.lm_head.weight.to(hidden.dtype)
         reduction: Literal["mean", "sum"] = "mean" if num_items is None else "sum"
-        loss = ops.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction=reduction)
+        loss = ops.linear_cross_entropy(
+            hidden.flatten(0, 1), weight, targets.flatten(), self.lm_head.bias, reduction=reduction
+        )
         return loss if num_items is None else loss / num_items
 
     def _new_cache(self, batch_size: int) -> SambaCache:

@@ -1,5 +1,5 @@
-"""The Samba language model: blocks of (Mamba | sliding-window attention) and SwiGLU over a float32 residual
-stream.
+"""The Samba language model: blocks of (Mamba | sliding-window attention) and a feed-forward layer, SwiGLU or a
+mixture of experts, over a float32 residual stream.
 
 Ren et al., arXiv 2406.07522, section 2. Activations are `(B, L, d)` from end to end. With labels the loss
 comes from a fused linear cross-entropy, so no `(tokens, vocabulary)` logits exist unless they are asked for.
@@ -8,6 +8,7 @@ comes from a fused linear cross-entropy, so no `(tokens, vocabulary)` logits exi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +19,24 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fastlm import ops
-from fastlm.layers import Mamba, RMSNorm, RotaryTable, SlidingWindowAttention, SwiGLU
+from fastlm.layers import (
+    GrinMoE,
+    LayerNorm,
+    Mamba,
+    RMSNorm,
+    RotaryTable,
+    Routing,
+    SlidingWindowAttention,
+    SwiGLU,
+)
 from fastlm.layers.rms_norm import at_least_float32, compute_dtype
-from fastlm.models.samba.cache import LayerCache, SambaCache
+from fastlm.models.samba.block import SambaBlock, make_norm
+from fastlm.models.samba.cache import SambaCache
 from fastlm.models.samba.checkpoint import load_pretrained, save_pretrained
 from fastlm.models.samba.config import SambaConfig
 from fastlm.models.samba.decoding import step_pair
 from fastlm.models.samba.generation import GenerationMixin
-from fastlm.models.samba.passes import Pass, plan_pass
+from fastlm.models.samba.passes import plan_pass
 
 
 @dataclass
@@ -33,94 +44,16 @@ class SambaOutput:
     """What `SambaForCausalLM.forward` returns.
 
     Attributes:
-        loss: float32 scalar, mean over labelled tokens, if labels were given.
+        loss: float32 scalar, mean over labelled tokens, if labels were given; in training with experts `aux_loss` is part of it.
         logits: `(B, kept, V)`, if kept.
         cache: the cache that was passed in, now further on.
+        aux_loss: float32 scalar, the load-balance loss of all layers times its coefficient, with experts and labels.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     cache: SambaCache | None = None
-
-
-class SambaBlock(nn.Module):
-    """Mixers and feed-forward layer of one block, each behind its norm and added to the residual stream."""
-
-    def __init__(
-        self, config: SambaConfig, kind: str, *, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        like = {"device": device, "dtype": dtype}
-        self.mamba: Mamba | None = None
-        self.attn: SlidingWindowAttention | None = None
-        if "mamba" in kind:
-            self.mamba_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **like)
-            self.mamba = Mamba(
-                config.hidden_size,
-                config.state_size,
-                config.conv_kernel,
-                config.expand,
-                config.time_step_rank or "auto",
-                dt_min=config.time_step_min,
-                dt_max=config.time_step_max,
-                dt_init_floor=config.time_step_floor,
-                **like,
-            )
-        if "sliding_attention" in kind:
-            self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **like)
-            self.attn = SlidingWindowAttention(
-                config.hidden_size,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                head_dim=config.head_dim,
-                sliding_window=config.sliding_window,
-                rope_theta=config.rope_theta if config.use_rope else None,
-                **like,
-            )
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **like)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, **like)
-
-    def forward(self, x: Tensor, step: Pass, cache: LayerCache | None = None) -> Tensor:
-        """Residual stream `x (B, L, d)` in, residual stream out; `cache` is written in place."""
-        if self.mamba is not None:
-            x = x + self._mamba(self.mamba, self.mamba_norm(x), step, cache)
-        if self.attn is not None:
-            x = x + self._attend(self.attn, self.attn_norm(x), step, cache)
-        return self.feed_forward(x)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half of the block: residual stream behind the mixers in, behind the block out."""
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
-
-    @staticmethod
-    def _mamba(mamba: Mamba, h: Tensor, step: Pass, cache: LayerCache | None) -> Tensor:
-        state = None if cache is None else cache.mamba
-        if state is None:
-            out: Tensor = mamba(h, cu_seqlens=step.cu_seqlens)
-            return out
-        if step.step_positions is not None:
-            return mamba.step(h, state)
-        out, new = mamba(h, state, cu_seqlens=step.cu_seqlens, return_state=True)
-        with torch.no_grad():
-            state.conv.copy_(new.conv)
-            state.scan.copy_(new.scan)
-        return out
-
-    @staticmethod
-    def _attend(attn: SlidingWindowAttention, h: Tensor, step: Pass, cache: LayerCache | None) -> Tensor:
-        ring = None if cache is None else cache.attention
-        if ring is not None and step.step_positions is not None:
-            return attn.step(h, ring, step.step_positions, rotary=step.rotary)
-        out: Tensor = attn(
-            h,
-            ring,
-            step.ring_plan,
-            rotary=step.rotary,
-            cu_seqlens=step.cu_seqlens,
-            max_seqlen=step.max_seqlen,
-        )
-        return out
+    aux_loss: Tensor | None = None
 
 
 class SambaModel(nn.Module):
@@ -134,7 +67,7 @@ class SambaModel(nn.Module):
         self.layers = nn.ModuleList(
             SambaBlock(config, kind, device=device, dtype=dtype) for kind in config.layer_types
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+        self.norm = make_norm(config, device=device, dtype=dtype)
         self.rotary: RotaryTable | None = None  # one table for all blocks
         if config.use_rope and any("sliding_attention" in kind for kind in config.layer_types):
             self.rotary = RotaryTable(config.head_dim or 2, config.rope_theta)
@@ -146,8 +79,12 @@ class SambaModel(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        routing: list[Routing] | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, `(B, L, d)`; arguments as in `SambaForCausalLM.forward`."""
+        """Hidden states after the final norm, `(B, L, d)`; arguments as in `SambaForCausalLM.forward`.
+
+        What the routers of mixture-of-experts layers decide is appended to `routing`, in the order of the layers.
+        """
         x = at_least_float32(self.embed_tokens(input_ids))
         step = plan_pass(x, self.rotary, cache, cu_seqlens, max_seqlen)
         remember = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
@@ -162,10 +99,15 @@ class SambaModel(nn.Module):
                 x, done = pair, done + 2
                 continue
             block = self.layers[done]
+            decided: Routing | None = None
             if remember:
-                x = checkpoint(block, x, step, use_reentrant=False)
-            else:
+                x, decided = checkpoint(block, x, step, routing=True, use_reentrant=False)
+            elif routing is None:
                 x = block(x, step, None if cache is None else cache.layers[done])
+            else:
+                x, decided = block(x, step, None if cache is None else cache.layers[done], routing=True)
+            if routing is not None and decided is not None:
+                routing.append(decided)
             done += 1
         if cache is not None:
             cache.advance(step.seqlens)
@@ -202,14 +144,14 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(
-                config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype
+                config.hidden_size, config.vocab_size, bias=config.lm_head_bias, device=device, dtype=dtype
             )
         scale_initial_values(self, config)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, for instance after `to_empty`."""
         for module in self.modules():
-            if isinstance(module, (Mamba, RMSNorm, SlidingWindowAttention, SwiGLU)):
+            if isinstance(module, (GrinMoE, LayerNorm, Mamba, RMSNorm, SlidingWindowAttention, SwiGLU)):
                 module.reset_parameters()
         if self.lm_head is not None:
             self.lm_head.reset_parameters()
@@ -219,6 +161,11 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
     def output_weight(self) -> Tensor:
         """`(V, d)` weight of the output projection."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """`(V,)` bias of the output projection, if it has one."""
+        return None if self.lm_head is None else self.lm_head.bias
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -264,7 +211,7 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
             return_logits: default: only without labels.
 
         Returns:
-            `SambaOutput(loss, logits, cache)`.
+            `SambaOutput(loss, logits, cache, aux_loss)`.
 
         Raises:
             ValueError: the rows of `input_ids`, `cu_seqlens` and `cache` do not fit, or labels have another
@@ -276,17 +223,27 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
                 f"SambaForCausalLM: labels must have the shape of input_ids, {tuple(input_ids.shape)}, "
                 f"got {tuple(labels.shape)}"
             )
-        hidden = self.model(input_ids, cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        routing: list[Routing] | None = [] if labels is not None and self.config.num_experts else None
+        hidden = self.model(input_ids, cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, routing=routing)
         loss = None if labels is None else self.loss(hidden, labels, cu_seqlens=cu_seqlens)
+        aux_loss = self.auxiliary_loss(routing) if routing else None
+        if loss is not None and aux_loss is not None and self.training:
+            loss = loss + aux_loss
         logits = None
         if return_logits or (return_logits is None and labels is None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, kept])
-        return SambaOutput(loss=loss, logits=logits, cache=cache)
+        return SambaOutput(loss=loss, logits=logits, cache=cache, aux_loss=aux_loss)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(..., V)` of hidden states `(..., d)` after the final norm."""
-        return functional.linear(hidden, self.output_weight)
+        return functional.linear(hidden, self.output_weight, self.output_bias)
+
+    def auxiliary_loss(
+        self, routing: Sequence[Routing], group: torch.distributed.ProcessGroup | None = None
+    ) -> Tensor:
+        """The load-balance loss of what `SambaModel.forward` collected, see the function of this name."""
+        return auxiliary_loss(routing, self.config.router_aux_loss_coef, group)
 
     def loss(
         self,
@@ -314,7 +271,9 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
         targets = shift_labels if labels is None else next_tokens(labels, cu_seqlens)
         assert targets is not None
         weight = self.output_weight.to(hidden.dtype)
-        return ops.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction=reduction)
+        return ops.linear_cross_entropy(
+            hidden.flatten(0, 1), weight, targets.flatten(), self.output_bias, reduction=reduction
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, see `fastlm.models.samba.checkpoint`."""
@@ -328,6 +287,33 @@ class SambaForCausalLM(GenerationMixin, nn.Module):
         return load_pretrained(cls, directory, device=device, dtype=dtype)
 
 
+def auxiliary_loss(
+    routing: Sequence[Routing], coefficient: float, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
+    """Sum of the layers' load-balance losses times `coefficient`, float32 scalar.
+
+    Args:
+        routing: of every layer.
+        coefficient: `alpha`; GRIN's is not published.
+        group: the shares of the experts are taken over all its processes, as in GRIN.
+
+    Source: Liu et al., arXiv 2409.12136, section 3.3.
+    """
+    losses = [
+        ops.load_balance_loss(r.router_logits, r.expert_counts, alpha=coefficient, group=group)
+        for r in routing
+    ]
+    return torch.stack(losses).sum()
+
+
+_RESIDUAL_PROJECTIONS = (
+    "mamba.out_proj.weight",
+    "attn.o_proj.weight",
+    "mlp.w3.weight",
+    "mlp.experts.down_proj",
+)
+
+
 @torch.no_grad()
 def scale_initial_values(model: nn.Module, config: SambaConfig) -> None:
     """What the layers cannot know: a narrow embedding, and residual projections that shrink with depth."""
@@ -335,7 +321,7 @@ def scale_initial_values(model: nn.Module, config: SambaConfig) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("embed_tokens.weight"):
             nn.init.normal_(parameter, std=config.initializer_range)
-        elif name.endswith(("mamba.out_proj.weight", "attn.o_proj.weight", "mlp.w3.weight")):
+        elif name.endswith(_RESIDUAL_PROJECTIONS):
             parameter.mul_(scale)
 
 

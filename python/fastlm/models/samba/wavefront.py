@@ -22,7 +22,8 @@ from fastlm.models.samba.cache import LayerCache, SambaCache
 from fastlm.models.samba.passes import Pass, plan_pass
 
 if TYPE_CHECKING:
-    from fastlm.models.samba.modeling import SambaBlock, SambaModel
+    from fastlm.models.samba.block import SambaBlock
+    from fastlm.models.samba.modeling import SambaModel
 
 
 @dataclass(frozen=True)
