@@ -98,6 +98,16 @@ def test_noise_at_its_ends_is_finite():
     assert results[0].isfinite().all()
 
 
+def test_ties_go_to_the_first():
+    """Among equal logits, and among equal sums of logit and noise."""
+    equal = {"training": True, "top_k": 3, "noise": torch.full((1, 3, 5), 0.5), "jitter_eps": 1.0}
+    assert ops.grin_route(torch.zeros(1, 4), top_k=3)[1].tolist() == [[0, 1, 2]]
+    assert ops.grin_route(torch.zeros(1, 4), **equal)[1].tolist() == [[0, 1, 2]]
+    assert ops.grin_route(torch.tensor([[1.0, 2.0, 1.0, 2.0]]), **equal)[1].tolist() == [[1, 3, 0]]
+    equal["noise"][..., 0] = 0.25
+    assert ops.grin_route(torch.zeros(1, 4), **equal)[1].tolist() == [[1, 2, 3]]
+
+
 NOT_NUMBERS = [
     ("nan", [1.0, torch.nan, 3.0, torch.nan]),
     ("inf", [1.0, torch.inf, 3.0, torch.inf]),
@@ -402,6 +412,19 @@ def test_every_level(sample):
     for level in conformance.other_levels():
         with conformance.cpu_level(level):
             assert_same(choice_of(ops.grin_route, call), here)
+
+
+def test_close_calls_are_decided_alike_on_every_level():
+    """Two experts whose sums of logit and noise differ by a rounding: any other arithmetic would flip some."""
+    noise = uniform(Draw("close"), 4000, 1, 3)
+    gumbel = -torch.log(-torch.log(noise[:, 0, :2]))
+    logits = torch.stack([torch.zeros(4000), gumbel[:, 0] - gumbel[:, 1]], -1)
+    route = partial(ops.grin_route, logits, top_k=1, training=True, jitter_eps=1e30, noise=noise)
+    here = route()[1]
+    assert 0 < int(here.sum()) < 4000
+    for level in conformance.other_levels():
+        with conformance.cpu_level(level):
+            assert torch.equal(route()[1], here), level
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOATING, ids=str)

@@ -44,20 +44,18 @@ FASTLM_INLINE void add_pick(const BackwardParams& p, const Block<A>& block, cons
   bool alone = true;
   for (int64_t e = 0; e < p.num_experts; ++e) {
     const I kept = survives(block, top, threshold, e) & live;
-    V term = top.index == broadcast_index<A>(e) ? top.unit : zero<V>();
-    if (any(kept)) {
-      alone = false;
-      const V value = exp(scale * (block.logits[e] - top.logit));
-      term = kept ? value : term;
-      sum += kept ? value : zero<V>();
-    }
-    terms[e] = term;
+    terms[e] = zero<V>();
+    if (!any(kept)) continue;
+    alone = false;
+    terms[e] = kept ? exp(scale * (block.logits[e] - top.logit)) : zero<V>();
+    sum += terms[e];
   }
   // A single survivor has p = 1 and gradient 0, unless something is not finite.
   const V one = (up.gradient - up.gradient) + top.unit;
   if (alone && !any(live & (one != A(1)))) return;
 
   const V inverse = A(1) / sum;
+  for (int64_t i = 0; i < Lane<A>::kCount; ++i) reinterpret_cast<A*>(terms + top.index[i])[i] = top.unit[i];
   A prob[Lane<A>::kCount];
   for (int64_t i = 0; i < Lane<A>::kCount; ++i) prob[i] = up.expert[i] < 0 ? A(0) : terms[up.expert[i]][i];
   const V factor = static_cast<A>(p.estimator.gradient) * up.gradient * (load(prob) * inverse);
