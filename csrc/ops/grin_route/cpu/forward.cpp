@@ -2,7 +2,8 @@
 // Source: Liu et al., "GRIN: GRadient-INformed MoE", arXiv 2409.12136, equations 2 and 8; its public code decides the mask.
 //
 // Most tokens have a single survivor, whose weight is 1: no exponential and no random number is computed for an expert unless it
-// survives beside the largest one in some token of the block. What bounds it: the quotients of the mask, one per expert and pick.
+// survives beside the largest one in some token of the block. What bounds it is arithmetic: the chain of comparisons that finds
+// the largest logit and the quotients of the mask; where all survive, the random numbers.
 #include "ops/grin_route/cpu/kernels.h"
 #include "ops/grin_route/cpu/sampling.h"
 
