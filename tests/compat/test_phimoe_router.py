@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers", reason="needs the extra fastlm[hf]")
+pytest.importorskip("transformers", minversion="5.24", reason="needs the extra fastlm[hf]")
 
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 

@@ -67,7 +67,7 @@ def test_closed_form_of_the_gradient():
 @pytest.mark.parametrize("padded", [False, True])
 def test_is_the_loss_of_transformers(padded):
     """Which counts the plain top-k, takes shares that sum to k, and has no factor alpha."""
-    pytest.importorskip("transformers", reason="needs the extra fastlm[hf]")
+    pytest.importorskip("transformers", minversion="5.24", reason="needs the extra fastlm[hf]")
     from transformers.models.phimoe.modeling_phimoe import load_balancing_loss_func
 
     logits = Draw("transformers").normal(24, 8).requires_grad_()
