@@ -297,6 +297,25 @@ def _attention_update(b: int, window: int) -> Call:
     return [*heads, *caches, seen], {"window_size": (window - 1, 0)}
 
 
+def _route(tokens: int, experts: int) -> Call:
+    return [torch.randn(tokens, experts)], {"jitter_eps": 0.2}
+
+
+def _plan(tokens: int, experts: int) -> Call:
+    return [torch.randint(-1, experts, (tokens, 2)), experts], {}
+
+
+def _grouped_gemm(rows: int, depth: int, columns: int) -> Call:
+    offsets = torch.tensor([0, rows // 3, rows // 3, rows])  # one group is empty
+    return [torch.randn(rows, depth), torch.randn(3, columns, depth), offsets], {}
+
+
+def _experts(tokens: int, hidden: int, inner: int, experts: int) -> Call:
+    weights, ids = torch.randn(tokens, experts).softmax(-1).topk(2)
+    gate_up, down = torch.randn(experts, 2 * inner, hidden), torch.randn(experts, hidden, inner)
+    return [torch.randn(tokens, hidden), gate_up * 0.1, down * 0.1, ids, weights], {}
+
+
 def _linear_nll(tokens: int, hidden: int, vocab: int) -> Call:
     labels = torch.randint(vocab, (tokens,))
     labels[::7] = -100
@@ -312,5 +331,9 @@ CASES: dict[str, Case] = {
     "sliding_window_attention_update": Case(
         lambda: _attention_update(3, 9), lambda: _attention_update(16, 256)
     ),
+    "grin_route": Case(lambda: _route(37, 5), lambda: _route(4096, 16)),
+    "moe_plan": Case(lambda: _plan(37, 5), lambda: _plan(4096, 16)),
+    "grouped_gemm": Case(lambda: _grouped_gemm(37, 19, 23), lambda: _grouped_gemm(512, 256, 256)),
+    "moe_experts": Case(lambda: _experts(37, 19, 23, 5), lambda: _experts(512, 256, 256, 8)),
     "linear_nll": Case(lambda: _linear_nll(37, 19, 53), lambda: _linear_nll(512, 256, 4096)),
 }
