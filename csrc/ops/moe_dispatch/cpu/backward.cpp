@@ -176,8 +176,8 @@ void gate_block(const GateBackward& p, const Group& group, int64_t column, int64
   if (p.dbias != nullptr) __builtin_memset(sums, 0, 4 * sizeof(A) * kBlock);
   const Segment segment{p.dy, p.down.rows, 0};
   const Ahead ahead = columns_of_next<T>(p.down, next, p.down.rows);
-  group_times_weight<T>(p.down, group, p.packed_begin, &segment, 1, column, columns, ahead, scratch,
-                        [&](int64_t row, int64_t rows, const A* c) { gate_rows<T, F, kGated>(b, row, rows, columns, c); });
+  const auto use = [&](int64_t row, int64_t rows, A* c) { gate_rows<T, F, kGated>(b, row, rows, columns, c); };
+  group_times_weight<T>(p.down, group, p.packed_begin, &segment, 1, column, columns, ahead, scratch, block_use<A>(use));
   if (p.dbias == nullptr) return;
   const int64_t at = group.expert * (kGated ? 2 * p.inner : p.inner) + column;
   for (int64_t i = 0; i < columns; ++i) {
@@ -209,17 +209,18 @@ void row_product(const RowProduct& p, int64_t piece) {
   const int64_t column = piece % blocks * kBlock;
   const int64_t columns = min_of(kBlock, p.weight.depth - column);
   const Ahead ahead = columns_of_next<T>(p.weight, NextPiece(p.groups, piece, blocks), p.segments[0].depth);
+  const auto use = [&](int64_t row, int64_t rows, A* c) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (group.begin + row + r) * p.out_row_stride + column;
+      if (p.out_acc) {
+        store_row<A>(c + r * kBlock, static_cast<A*>(p.out) + at, columns);
+      } else {
+        store_row<T>(c + r * kBlock, static_cast<T*>(p.out) + at, columns);
+      }
+    }
+  };
   group_times_weight<T>(p.weight, group, p.packed_begin, p.segments, p.num_segments, column, columns, ahead, scratch,
-                        [&](int64_t row, int64_t rows, const A* c) {
-                          for (int64_t r = 0; r < rows; ++r) {
-                            const int64_t at = (group.begin + row + r) * p.out_row_stride + column;
-                            if (p.out_acc) {
-                              store_row<A>(c + r * kBlock, static_cast<A*>(p.out) + at, columns);
-                            } else {
-                              store_row<T>(c + r * kBlock, static_cast<T*>(p.out) + at, columns);
-                            }
-                          }
-                        });
+                        block_use<A>(use));
 }
 
 template <class T>

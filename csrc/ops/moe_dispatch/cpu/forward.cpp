@@ -54,8 +54,8 @@ void pack(const Pack& p, int64_t piece) {
 
 // Rows [row, row + kDotRows) of one expert's weight, those beyond `end` being the last one again, times tokens x[0], x[1].
 template <class T>
-FASTLM_INLINE void dot_rows(const Weights& w, int64_t expert, int64_t row, int64_t end, const T* const (&x)[kDotTokens],
-                            acc_t<T> (&sums)[kDotTokens][kDotRows]) {
+__attribute__((noinline)) void dot_rows(const Weights& w, int64_t expert, int64_t row, int64_t end,
+                                        const T* const (&x)[kDotTokens], acc_t<T> (&sums)[kDotTokens][kDotRows]) {
   const T* rows[kDotRows];
   for (int r = 0; r < kDotRows; ++r) rows[r] = element<T>(w, expert, min_of(row + r, end - 1), 0);
   if (x[1] == nullptr) {
@@ -209,7 +209,7 @@ void gate_up_block(const GateUp& p, const Group& group, int64_t begin, int64_t e
   const int64_t operands = operand_depth<E>(p.inner);
   const E* x = static_cast<const E*>(p.x_packed) + group.packed * operand_depth<E>(p.weight.depth);
   const Ahead ahead = inner_rows_of_next<T, kGated>(p, next, kGated ? kHalfBlock : kBlock);
-  weight_times_group<T>(p.weight, group, x, ranges, kRanges, ahead, scratch, [&](int64_t row, int64_t rows, A* c) {
+  const auto use = [&](int64_t row, int64_t rows, A* c) {
     for (int64_t i = 0; i < kRanges; ++i) {
       add_row_bias<E>(p.weight, group.expert, ranges[i], rows, c);
       if (p.gate_up == nullptr) continue;
@@ -219,7 +219,8 @@ void gate_up_block(const GateUp& p, const Group& group, int64_t begin, int64_t e
     if (p.act_packed == nullptr) return;
     E* act = static_cast<E*>(p.act_packed) + (group.packed + row - group.begin) * operands;
     activate<E, F, kGated>(c, begin, end - begin, rows, operands, act);
-  });
+  };
+  weight_times_group<T>(p.weight, group, x, ranges, kRanges, ahead, scratch, block_use<A>(use));
 }
 
 template <class T>
@@ -260,7 +261,7 @@ void product(const Product& p, int64_t piece) {
     const int64_t depth = min_of(kChunk * depth_per_operand<E>, p.weight.depth);
     ahead = rows_ahead<T>(p.weight, next.group->expert, &rows, 1, 0, depth);
   }
-  weight_times_group<T>(p.weight, group, x, &range, 1, ahead, scratch, [&](int64_t row, int64_t rows, A* c) {
+  const auto use = [&](int64_t row, int64_t rows, A* c) {
     add_row_bias<E>(p.weight, group.expert, range, rows, c);
     const int64_t at = row * p.out_row_stride + begin;
     if (p.out_acc) {
@@ -268,7 +269,8 @@ void product(const Product& p, int64_t piece) {
     } else {
       store_transposed<A, T, kN>(c, rows, end - begin, static_cast<T*>(p.out) + at, p.out_row_stride);
     }
-  });
+  };
+  weight_times_group<T>(p.weight, group, x, &range, 1, ahead, scratch, block_use<A>(use));
 }
 
 template <class T>

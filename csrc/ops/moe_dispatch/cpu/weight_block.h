@@ -46,6 +46,18 @@ struct RowRange {
   int64_t at;  // first row of the block
 };
 
+// What is done with a block of sums. A function of a context instead of a template's argument: the products, which are most of
+// the code, are compiled once for every element type and not once for every activation.
+template <class A>
+struct BlockUse {
+  void (*call)(const void* context, int64_t row, int64_t rows, A* c);
+  const void* context;
+};
+template <class A, class F>
+FASTLM_INLINE BlockUse<A> block_use(const F& f) {
+  return {[](const void* context, int64_t row, int64_t rows, A* c) { (*static_cast<const F*>(context))(row, rows, c); }, &f};
+}
+
 // The group and the block within it that piece i + threads is about, if there is such a piece and it packs what it reads.
 struct NextPiece {
   const Group* group = nullptr;
@@ -93,8 +105,8 @@ FASTLM_INLINE void multiply_weight_rows(PackedProduct<E> product, bool transpose
   }
 }
 
-// Calls use(first sorted row of the block, rows in it, sums) for all rows of the group. Sums lie in panels of N sorted rows:
-// (rows / N, kBlock, N). `x` are the group's packed columns.
+// Calls `use` with (first sorted row of the block, rows in it, sums) for all rows of the group. Sums lie in panels of N sorted
+// rows: (rows / N, kBlock, N). `x` are the group's packed columns.
 template <class T>
 FASTLM_INLINE Ahead rows_ahead(const Weights& w, int64_t expert, const RowRange* ranges, int64_t num_ranges, int64_t depth,
                                int64_t count) {
@@ -110,9 +122,9 @@ FASTLM_INLINE Ahead rows_ahead(const Weights& w, int64_t expert, const RowRange*
   return ahead;
 }
 
-template <class T, class Use>
-FASTLM_INLINE void weight_times_group(const Weights& w, const Group& group, const operand_t<T>* x, const RowRange* ranges,
-                                      int64_t num_ranges, const Ahead& next_piece, void* scratch, const Use& use) {
+template <class T>
+void weight_times_group(const Weights& w, const Group& group, const operand_t<T>* x, const RowRange* ranges, int64_t num_ranges,
+                        const Ahead& next_piece, void* scratch, const BlockUse<acc_t<T>>& use) {
   using E = operand_t<T>;
   constexpr int64_t kN = kPackedColumns<E>;
   constexpr int64_t kValues = kChunk * depth_per_operand<E>;
@@ -148,7 +160,7 @@ FASTLM_INLINE void weight_times_group(const Weights& w, const Group& group, cons
         }
       }
     }
-    use(group.begin + row, min_of(kRowBlock, group.end - group.begin - row), c);
+    use.call(use.context, group.begin + row, min_of(kRowBlock, group.end - group.begin - row), c);
   }
 }
 
@@ -188,7 +200,8 @@ void pack_weight_columns(const Weights& w, int64_t expert, int64_t depth, int64_
   }
 }
 
-// Calls use(first row of the block in the group, rows in it, sums) for all rows of the group. Sums are row-major, kBlock columns.
+// Calls `use` with (first row of the block in the group, rows in it, sums) for all rows of the group. Sums are row-major, kBlock
+// columns.
 template <class T>
 FASTLM_INLINE Ahead columns_ahead(const Weights& w, int64_t expert, int64_t depth, int64_t count, int64_t column,
                                   int64_t columns) {
@@ -211,10 +224,9 @@ FASTLM_INLINE Ahead columns_of_next(const Weights& w, const NextPiece& next, int
   return columns_ahead<T>(w, next.group->expert, 0, count, column, min_of(kBlock, w.depth - column));
 }
 
-template <class T, class Use>
-FASTLM_INLINE void group_times_weight(const Weights& w, const Group& group, int64_t packed_begin, const Segment* segments,
-                                      int64_t num_segments, int64_t column, int64_t columns, const Ahead& next_piece,
-                                      void* scratch, const Use& use) {
+template <class T>
+void group_times_weight(const Weights& w, const Group& group, int64_t packed_begin, const Segment* segments, int64_t num_segments,
+                        int64_t column, int64_t columns, const Ahead& next_piece, void* scratch, const BlockUse<acc_t<T>>& use) {
   using E = operand_t<T>;
   constexpr int64_t kN = kPackedColumns<E>;
   constexpr int64_t kValues = kChunk * depth_per_operand<E>;
@@ -255,7 +267,7 @@ FASTLM_INLINE void group_times_weight(const Weights& w, const Group& group, int6
         packed_multiply<E, PackedA::kRows>(product);
       }
     }
-    use(row, rows, c);
+    use.call(use.context, row, rows, c);
   }
 }
 
