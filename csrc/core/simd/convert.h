@@ -209,6 +209,25 @@ FASTLM_INLINE A load_param(const void* p, DType dtype, int64_t i, A missing = A(
   return missing;
 }
 
+// Element i of such an array becomes `value`, rounded to its dtype.
+template <class A>
+FASTLM_INLINE void store_param(void* p, DType dtype, int64_t i, A value) {
+  switch (dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = static_cast<float>(value);
+      break;
+    case DType::kBFloat16:
+      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(value));
+      break;
+    case DType::kFloat16:
+      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(value));
+      break;
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = static_cast<double>(value);
+      break;
+  }
+}
+
 template <class E, class A>
 FASTLM_INLINE void load_elements(const void* p, int64_t stride, int64_t first, int64_t count, A* to) {
   const E* from = static_cast<const E*>(p) + first * stride;

@@ -16,24 +16,6 @@ using moe_dispatch::PickGradient;
 using moe_dispatch::RowProduct;
 using moe_dispatch::Source;
 
-template <class A>
-FASTLM_INLINE void store_param(void* p, DType dtype, int64_t i, A value) {
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(p)[i] = static_cast<float>(value);
-      break;
-    case DType::kBFloat16:
-      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(value));
-      break;
-    case DType::kFloat16:
-      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(value));
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(p)[i] = static_cast<double>(value);
-      break;
-  }
-}
-
 // Where the results of one row and a vector of columns go: rows of A, and pairs of rows along the depth.
 template <class E>
 struct Layouts {
@@ -260,11 +242,6 @@ void outer(const Outer& p, int64_t piece) {
 }
 
 template <class T>
-FASTLM_INLINE const T* dy_row(const Source& from, int64_t row) {
-  return static_cast<const T*>(from.data) + (from.index == nullptr ? row : from.index[row]) * from.row_stride;
-}
-
-template <class T>
 void bias(const BiasGradient& p, int64_t piece) {
   using A = acc_t<T>;
   using V = vec_t<T>;
@@ -277,7 +254,7 @@ void bias(const BiasGradient& p, int64_t piece) {
   A sums[kBlock] = {}, block[kBlock] = {};
   for (int64_t r = group.begin; r < group.end; ++r) {
     const V weight = broadcast<V>(static_cast<const A*>(p.expert_weight)[r]);
-    const T* from = dy_row<T>(p.dy, r) + column;
+    const T* from = source_row<T>(p.dy, r) + column;
     for (int64_t i = 0; i < columns; i += kLanes) {
       store(block + i, fma(weight, load_upto(from + i, columns - i), load(block + i)));
     }
@@ -299,7 +276,7 @@ void pick(const PickGradient& p, int64_t piece) {
     A sum = A(0);
     for (int64_t b = 0; b < p.blocks; ++b) sum += static_cast<const A*>(p.dweight_blocks)[b * p.total_rows + r];
     if (w.bias != nullptr) {
-      const T* from = dy_row<T>(p.dy, r);
+      const T* from = source_row<T>(p.dy, r);
       A lanes[16] = {};  // sixteen sums at a time, whatever the level
       for (int64_t i = 0; i < p.dy.columns; ++i) {
         lanes[i % 16] +=

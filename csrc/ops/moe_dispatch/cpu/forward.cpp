@@ -18,11 +18,6 @@ using moe_dispatch::Product;
 using moe_dispatch::Source;
 
 template <class T>
-FASTLM_INLINE const T* source_row(const Source& from, int64_t row) {
-  return static_cast<const T*>(from.data) + (from.index == nullptr ? row : from.index[row]) * from.row_stride;
-}
-
-template <class T>
 void pack(const Pack& p, int64_t piece) {
   using E = operand_t<T>;
   constexpr int64_t kN = kPackedColumns<E>;

@@ -40,6 +40,12 @@ FASTLM_INLINE void add_stretch(Ahead& ahead, int stretch, const T* first, int64_
 // Rows of a weight whose depth is contiguous are rows of A as they lie; one whose rows are contiguous is a transposed A.
 FASTLM_INLINE bool is_transposed(const Weights& w) { return w.row_stride == 1 && w.depth_stride != 1; }
 
+// Row `row` of those that a source holds for sorted rows.
+template <class T>
+FASTLM_INLINE const T* source_row(const moe_dispatch::Source& from, int64_t row) {
+  return static_cast<const T*>(from.data) + (from.index == nullptr ? row : from.index[row]) * from.row_stride;
+}
+
 // Up to `capacity` rows of the weight; what of it a product takes goes into rows 0 .. count-1 of the block.
 struct RowRange {
   int64_t first, count;

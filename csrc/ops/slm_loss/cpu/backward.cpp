@@ -233,24 +233,6 @@ void dweight(const BackwardParams& p, const Panel& panel, int64_t piece) {
 }
 
 template <class A>
-FASTLM_INLINE void store_param(void* p, DType dtype, int64_t i, A value) {
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(p)[i] = static_cast<float>(value);
-      break;
-    case DType::kBFloat16:
-      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(value));
-      break;
-    case DType::kFloat16:
-      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(value));
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(p)[i] = static_cast<double>(value);
-      break;
-  }
-}
-
-template <class A>
 void dbias(const BackwardParams& p, const Panel& panel, int64_t piece) {
   const A* blocks = static_cast<const A*>(panel.dbias_blocks);
   for (int64_t w = piece * kWordBlock; w < min_of((piece + 1) * kWordBlock, panel.end - panel.begin); ++w) {
