@@ -203,7 +203,11 @@ class GrinMoE(nn.Module):
         self, hidden_states: Tensor, *, valid: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
         """The output of `forward`, and what the router decided, for `fastlm.ops.load_balance_loss`."""
-        x = hidden_states.flatten(0, -2)
+        if valid is not None and valid.shape != hidden_states.shape[:-1]:
+            raise ValueError(
+                f"GrinMoE: valid must have shape {tuple(hidden_states.shape[:-1])}, got {tuple(valid.shape)}"
+            )
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
         noisy = self._jittered(x)
         routing, grad_weights = self._route(noisy, None if valid is None else valid.flatten())
         experts_input = noisy if self.jitter_experts else x
@@ -219,6 +223,10 @@ class GrinMoE(nn.Module):
 
     def _route(self, x: Tensor, valid: Tensor | None) -> tuple[Routing, Tensor | None]:
         """The decision, and what the experts' gradient counts a pick for, if that is another weight."""
+        if (
+            valid is not None
+        ):  # what is not a number there would reach the router's weight through its gradient
+            x = torch.where(valid.unsqueeze(-1), x, 0)
         with torch.autocast(x.device.type, enabled=False):
             logits = functional.linear(at_least_float32(x), at_least_float32(self.router.weight))
         if self.estimator == "topk":
@@ -241,12 +249,11 @@ class GrinMoE(nn.Module):
         """The `k` most likely experts, their probabilities scaled to sum 1."""
         probs, ids = logits.softmax(-1).topk(self.num_experts_per_tok)
         weights = probs / probs.sum(-1, keepdim=True)
-        chosen = ids
         if valid is not None:
             ids = torch.where(valid.unsqueeze(-1), ids, -1)
             weights = torch.where(valid.unsqueeze(-1), weights, 0)
-            chosen = ids[valid]
-        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        flat = ids.flatten() + 1  # tokens that are not valid are counted in front of the experts
+        counts = flat.new_zeros(self.num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[1:]
         return Routing(logits, weights, ids.to(torch.int32), counts.to(torch.int32))
 
     def extra_repr(self) -> str:
