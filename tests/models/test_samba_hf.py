@@ -110,3 +110,45 @@ def test_gradient_checkpointing_reaches_the_blocks(directory, ids):
     assert model.model.gradient_checkpointing
     model(ids, labels=ids).loss.backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(expected, model.parameters(), strict=True))
+
+
+# Experts
+
+
+def test_experts_train_and_generate_as_in_the_native_model(tmp_path, ids):
+    torch.manual_seed(0)
+    changes = {"num_experts": 5, "router_aux_loss_coef": 0.5, "tie_word_embeddings": False}
+    native = SambaForCausalLM(SambaConfig.from_preset("tiny", lm_head_bias=True, **changes))
+    torch.nn.init.normal_(native.lm_head.bias)
+    native.eval().save_pretrained(tmp_path / "native")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    assert torch.equal(model(ids).logits, native(ids).logits)
+    assert_close(model(ids, labels=ids).loss, native(ids, labels=ids).loss)
+    expected = native.generate(ids, max_new_tokens=12)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
+
+    results = []
+    for trained in (native.train(), model.train()):
+        torch.manual_seed(5)
+        trained(ids, labels=ids).loss.backward()
+        results.append({name: p.grad for name, p in trained.named_parameters()})
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        assert_close(results[1][name], expected)
+    assert results[1]["model.layers.0.mlp.router.weight"].abs().sum() > 0
+
+    model.eval().save_pretrained(tmp_path / "hf")
+    assert torch.equal(SambaForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits, model(ids).logits)
+
+
+def test_padding_meets_no_expert(ids, tmp_path):
+    SambaForCausalLM(SambaConfig.from_preset("tiny", num_experts=5)).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    counted: list[int] = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda _m, args: counted.append(args[0].shape[0]))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    out = model(ids, attention_mask=mask).logits
+    assert counted == [int(mask.sum())]
+    assert_close(out[0, 6:], model(ids[:1, 6:]).logits[0])
