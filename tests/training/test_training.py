@@ -191,10 +191,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 ) -> None:
     calls = 0
 
-    def spoiled(model: SambaForCausalLM, row: object, dtype: str) -> torch.Tensor:
+    def spoiled(model: SambaForCausalLM, row: object, dtype: str, *routing: object) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = row_loss(model, row, dtype)  # type: ignore[arg-type]
+        loss = row_loss(model, row, dtype, *routing)  # type: ignore[arg-type]
         if calls < 11:  # two passes a step: the sixth step is the first broken one
             return loss
         return loss * float("nan") if broken == "loss" else loss + (loss - loss.detach()) * float("inf")
