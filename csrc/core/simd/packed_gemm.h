@@ -51,9 +51,9 @@ FASTLM_INLINE void packed_step(const E* a, const E* b, vec_t<operand_acc<E>> (&s
 }
 
 // One tile of C over `depth` operands of k, from an operand that begins a run of N; the first kVecs vectors of the columns.
-template <class E, PackedA kForm, int kVecs>
-FASTLM_INLINE void packed_tile(const E* a, int64_t a_run_stride, const E* b, int64_t depth, operand_acc<E>* c,
-                               int64_t c_row_stride, bool add) {
+template <class E, PackedA kForm, int kVecs, class Out>
+FASTLM_INLINE void packed_tile(const E* a, int64_t a_run_stride, const E* b, int64_t depth, Out* c, int64_t c_row_stride,
+                               bool add) {
   using Sum = vec_t<operand_acc<E>>;
   constexpr int64_t kN = kPackedColumns<E>;
   Sum sum[kPackedRows][kVecs] = {};
@@ -78,7 +78,7 @@ FASTLM_INLINE void packed_tile(const E* a, int64_t a_run_stride, const E* b, int
   for (int r = 0; r < kPackedRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      auto* to = c + r * c_row_stride + v * kOperandLanes<E>;
+      Out* to = c + r * c_row_stride + v * kOperandLanes<E>;
       store(to, add ? load(to) + sum[r][v] : sum[r][v]);
     }
   }
@@ -113,14 +113,15 @@ struct AheadCursor {
   }
 };
 
-// A block of C. Strides in operands (a, b) and elements (c).
-template <class E>
+// A block of C. Strides in operands (a, b) and elements (c). Out: what C is made of; anything narrower than the sums is rounded
+// with every store, so it is for sums that are complete in one go, `block` operands of k.
+template <class E, class Out = operand_acc<E>>
 struct PackedProduct {
   const E* a;        // first row
   int64_t a_stride;  // rows of A: from one run of N operands of k to the next; transposed A: from one run of N rows to the next
   const E* b;        // first panel of N columns
   int64_t b_panel_stride;  // from one panel to the next
-  operand_acc<E>* c;
+  Out* c;
   int64_t c_row_stride;
   int64_t c_panel_stride;
   int64_t depth;                 // operands of k
@@ -140,8 +141,8 @@ FASTLM_INLINE void prefetch_share(const E* next, int64_t operands, int64_t tile,
 }
 
 // One panel of columns, of which the first kVecs vectors count, times all rows.
-template <class E, PackedA kForm, int kVecs>
-void packed_panel(const PackedProduct<E>& p, int64_t panel, int64_t k, AheadCursor& ahead) {
+template <class E, PackedA kForm, int kVecs, class Out>
+void packed_panel(const PackedProduct<E, Out>& p, int64_t panel, int64_t k, AheadCursor& ahead) {
   constexpr int64_t kN = kPackedColumns<E>;
   const int64_t depth = min_of(p.block, p.depth - k);
   const E* b = p.b + panel * p.b_panel_stride + k * kN;
@@ -155,8 +156,8 @@ void packed_panel(const PackedProduct<E>& p, int64_t panel, int64_t k, AheadCurs
   }
 }
 
-template <class E, PackedA kForm>
-void packed_multiply(const PackedProduct<E>& p) {
+template <class E, PackedA kForm, class Out>
+void packed_multiply(const PackedProduct<E, Out>& p) {
   constexpr int64_t kN = kPackedColumns<E>;
   const int64_t panels = p.columns / kN;
   const int64_t rest = p.columns % kN / kOperandLanes<E>;  // vectors of the last panel, if it is not whole

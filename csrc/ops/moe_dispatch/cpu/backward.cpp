@@ -205,11 +205,31 @@ void row_product(const RowProduct& p, int64_t piece) {
                         block_use<A>(use));
 }
 
+// Rows and columns of the result, summed over the rows of the group.
+template <class E, class Out>
+FASTLM_INLINE void outer_product(const Outer& p, const Group& group, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                                 Out* out, int64_t out_row_stride) {
+  constexpr int64_t kN = kPackedColumns<E>;
+  const int64_t stride = p.packed_rows / depth_per_operand<E> * kN;
+  const int64_t at = (group.packed - p.packed_begin) / depth_per_operand<E> * kN;
+  PackedProduct<E, Out> product{};
+  product.a = static_cast<const E*>(p.a) + row / kN * stride + at;
+  product.a_stride = stride;
+  product.b = static_cast<const E*>(p.b) + column / kN * stride + at;
+  product.b_panel_stride = stride;
+  product.c = out;
+  product.c_row_stride = out_row_stride;
+  product.c_panel_stride = kN;
+  product.depth = operand_depth<E>(group.end - group.begin);
+  product.rows = round_up(rows, kPackedRows);
+  product.columns = round_up(columns, kOperandLanes<E>);
+  packed_multiply<E, PackedA::kTransposed>(product);
+}
+
 template <class T>
 void outer(const Outer& p, int64_t piece) {
   using E = operand_t<T>;
   using A = acc_t<T>;
-  constexpr int64_t kN = kPackedColumns<E>;
   const int64_t across = ceil_div(p.columns, kBlock);
   const int64_t blocks = ceil_div(p.rows, kBlock) * across;
   const Group& group = p.groups.group[piece / blocks];
@@ -222,22 +242,15 @@ void outer(const Outer& p, int64_t piece) {
     for (int64_t r = 0; r < rows; ++r) __builtin_memset(out + r * p.columns, 0, sizeof(T) * static_cast<size_t>(columns));
     return;
   }
+  // Whole tiles that are summed in one go are rounded straight from the registers.
+  if (group.end - group.begin <= kPackedDepth * depth_per_operand<E> && rows % kPackedRows == 0 &&
+      columns % kOperandLanes<E> == 0) {
+    outer_product<E>(p, group, row, rows, column, columns, out, p.columns);
+    return;
+  }
   A* c = static_cast<A*>(thread_scratch(sizeof(A) * kBlock * kBlock));
   if (c == nullptr) return;
-  const int64_t stride = p.packed_rows / depth_per_operand<E> * kN;
-  const int64_t at = (group.packed - p.packed_begin) / depth_per_operand<E> * kN;
-  PackedProduct<E> product{};
-  product.a = static_cast<const E*>(p.a) + row / kN * stride + at;
-  product.a_stride = stride;
-  product.b = static_cast<const E*>(p.b) + column / kN * stride + at;
-  product.b_panel_stride = stride;
-  product.c = c;
-  product.c_row_stride = kBlock;
-  product.c_panel_stride = kN;
-  product.depth = operand_depth<E>(group.end - group.begin);
-  product.rows = round_up(rows, kPackedRows);
-  product.columns = round_up(columns, kOperandLanes<E>);
-  packed_multiply<E, PackedA::kTransposed>(product);
+  outer_product<E>(p, group, row, rows, column, columns, c, kBlock);
   for (int64_t r = 0; r < rows; ++r) store_row<T>(c + r * kBlock, out + r * p.columns, columns);
 }
 
