@@ -6,52 +6,47 @@ layer. Tensors stay where they are: the operator gets `(B, L, H, K)` views of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm import ops
-from fastlm.compat.transformers._names import find, find_function
+from fastlm.compat.transformers._interfaces import Registered, functions_of
+from fastlm.compat.transformers._interfaces import check as check_interfaces
+from fastlm.compat.transformers._names import find_function
 from fastlm.compat.transformers.attention_mask import MAKERS, Seen, Sequences, seen
 
-NAME = "fastlm"
 INTERFACES = (
     "transformers.modeling_utils:AttentionInterface",
     "transformers.masking_utils:AttentionMaskInterface",
 )
 # Functions that are called, and the parameters they must have.
-FUNCTIONS = {**{f"{interface}.register": ("key", "value") for interface in INTERFACES}, **MAKERS}
+FUNCTIONS = {**functions_of(INTERFACES), **MAKERS}
 # Arguments of other implementations that change the result, and that this one does not have.
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")
 
-_replaced: dict[Any, Any] = {}
+_registered = Registered()
 
 
 def check() -> None:
     """Raises if transformers lacks a name that is needed."""
     for name, parameters in FUNCTIONS.items():
         find_function(name, parameters)
-    for name in INTERFACES:
-        find(f"{name}._global_mapping")
+    check_interfaces(INTERFACES)
 
 
 def install() -> None:
     """Makes the name known."""
-    for name, function in zip(INTERFACES, (attend, seen), strict=True):
-        interface = find(name)
-        _replaced[interface] = interface._global_mapping.get(NAME)
-        interface.register(NAME, function)
+    functions: tuple[Callable[..., Any], ...] = (attend, seen)
+    for name, function in zip(INTERFACES, functions, strict=True):
+        _registered.add(name, function)
 
 
 def remove() -> None:
     """Makes the name unknown again, or what it was before."""
-    while _replaced:
-        interface, before = _replaced.popitem()
-        if before is None:
-            interface._global_mapping.pop(NAME, None)  # there is no public way to unregister
-        else:
-            interface.register(NAME, before)
+    _registered.remove()
 
 
 def attend(
