@@ -28,7 +28,8 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
 @pytest.mark.parametrize("function", [enable, disable])
 def test_unknown_parts(function):
     with pytest.raises(
-        ValueError, match=rf"{function.__name__}: parts must be among 'mamba', 'attention', got 'moe'"
+        ValueError,
+        match=rf"{function.__name__}: parts must be among 'mamba', 'attention', 'experts', got 'moe'",
     ):
         function("mamba", "moe")
 
@@ -43,42 +44,54 @@ class TestWithTransformers:
         )
 
     def test_what_was_enabled_is_returned(self):
-        assert enable() == ("mamba", "attention")
+        assert enable() == ("mamba", "attention", "experts")
         assert enable("attention") == ("attention",)
         assert disable("mamba", "mamba") == ("mamba",)
+        assert disable("experts") == ("experts",)
         assert disable() == ("attention",)
         assert disable() == ()
         assert enable("mamba") == ("mamba",)
 
     @torch.no_grad()
-    def test_everything_comes_back(self):
-        mixers = [_names.find(name) for name in mamba().MIXERS]
-        interfaces = [_names.find(name) for name in attention().INTERFACES]
-        forwards = [mixer.forward for mixer in mixers]
+    @pytest.mark.parametrize("name", ["jamba moe", "mixtral"])
+    def test_everything_comes_back(self, name):
+        changed = [_names.find(name) for name in mamba().MIXERS]
+        interfaces = [_names.find(name) for name in (*attention().INTERFACES, *experts().INTERFACES)]
+        forwards = [vars(module)["forward"] for module in changed]
         mappings = [dict(interface._global_mapping) for interface in interfaces]
-        model, ids = self.models.make_model("jamba"), self.models.random_ids(2, 9)
+        model, ids = self.models.make_model(name), self.models.random_ids(2, 9)
         before = model(ids).logits
         for _ in range(2):
             enable()
+        assert not any(
+            vars(module)["forward"] is forward for module, forward in zip(changed, forwards, strict=True)
+        )
         model.set_attn_implementation("fastlm")
+        model.set_experts_implementation("fastlm")
         between = model(ids).logits
         assert not torch.equal(between, before)
         model.set_attn_implementation("eager")
+        model.set_experts_implementation("eager")
         disable()
-        assert [mixer.forward for mixer in mixers] == forwards
+        assert [vars(module)["forward"] for module in changed] == forwards
         assert [interface._global_mapping for interface in interfaces] == mappings
         assert torch.equal(model(ids).logits, before)
 
-    def test_a_name_that_was_taken_is_given_back(self):
-        interface = _names.find(attention().INTERFACES[0])
+    @pytest.mark.parametrize("part", ["attention", "experts"])
+    def test_a_name_that_was_taken_is_given_back(self, part):
+        module, ours = {
+            "attention": (attention(), attention().attend),
+            "experts": (experts(), experts().experts_forward),
+        }[part]
+        interface = _names.find(module.INTERFACES[0])
 
         def theirs() -> None:
             pass
 
         interface.register("fastlm", theirs)
         try:
-            enable("attention")
-            assert interface._global_mapping["fastlm"] is attention().attend
+            enable(part)
+            assert interface._global_mapping["fastlm"] is ours
             disable()
             assert interface._global_mapping["fastlm"] is theirs
         finally:
@@ -86,8 +99,9 @@ class TestWithTransformers:
 
     def test_models_made_later_follow(self):
         enable()
-        model = self.models.make_model("llama", attn_implementation="fastlm")
+        model = self.models.make_model("mixtral")
         model.set_attn_implementation("fastlm")
+        model.set_experts_implementation("fastlm")
         assert model(self.models.random_ids(1, 5)).logits.isfinite().all()
 
     def test_a_missing_name_changes_nothing(self, monkeypatch):
@@ -117,3 +131,9 @@ def attention():
     from fastlm.compat.transformers import attention
 
     return attention
+
+
+def experts():
+    from fastlm.compat.transformers import experts
+
+    return experts

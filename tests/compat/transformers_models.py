@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.tolerance import assert_close_to_reference
 
@@ -50,6 +51,95 @@ ATTENTION = {
     ),
     "gemma3": ("Gemma3ForCausalLM", _HEADS | _ALTERNATING | {"head_dim": 16}),
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+_LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_ROUTED = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_SMALL = {"moe_intermediate_size": 16}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+_BLOCKS = {"mamba_num_heads": 6, "mamba_head_dim": 8, "ssm_state_size": 5, "n_groups": 1, "chunk_size": 8}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+# Mixtures of experts, each with what sets it apart.
+MOE = {
+    "mixtral": ("MixtralForCausalLM", _HEADS | _LOCAL),
+    "phimoe": ("PhimoeForCausalLM", _HEADS | _LOCAL | {"router_jitter_noise": 0.4}),
+    "olmoe": ("OlmoeForCausalLM", _HEADS | _EXPERTS),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _HEADS | _EXPERTS | _SMALL | {"head_dim": 8}),
+    # A shared expert with a gate.
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        _HEADS | _EXPERTS | _SMALL | {"shared_expert_intermediate_size": 20},
+    ),
+    # Experts in every second layer, beside Mamba layers.
+    "jamba moe": (
+        "JambaForCausalLM",
+        _JAMBA | _EXPERTS | {"attn_layer_period": 2, "expert_layer_period": 2, "attn_layer_offset": 1},
+    ),
+    # A dense layer in front, a shared expert, a latent attention.
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        _HEADS | _ROUTED | _SMALL | _LATENT | {"first_k_dense_replace": 1, "num_key_value_heads": 4},
+    ),
+    # Biases, transposed weights, gate and up interleaved, a gate of its own.
+    "gpt_oss": ("GptOssForCausalLM", _HEADS | _LOCAL | {"head_dim": 8, "sliding_window": WINDOW}),
+    # No gate, relu squared, between the experts and the model a narrower space.
+    "nemotron_h": (
+        "NemotronHForCausalLM",
+        _HEADS
+        | _ROUTED
+        | _SMALL
+        | _BLOCKS
+        | {
+            "layers_block_type": ["moe", "full_attention", "moe"],
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "moe_latent_size": 12,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+    # GELU by its tanh formula.
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        _HEADS
+        | _SMALL
+        | {
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "enable_moe_block": True,
+            "head_dim": 8,
+            "global_head_dim": 8,
+        }
+        | {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 0},
+    ),
+    # Transposed weights.
+    "aria": ("AriaTextForCausalLM", _HEADS | {"moe_num_experts": 6, "moe_topk": 2}),
+    # More picks than the operator takes at once.
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        _HEADS
+        | _SMALL
+        | _LINEAR
+        | {
+            "num_experts": 12,
+            "num_experts_per_tok": 10,
+            "head_dim": 8,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    # An activation that the operator does not have.
+    "mixtral gelu": ("MixtralForCausalLM", _HEADS | _LOCAL | {"hidden_act": "gelu"}),
+}
 
 
 @contextmanager
@@ -63,10 +153,10 @@ def one_thread() -> Iterator[None]:
 
 def make_model(name: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     """A model with weights large enough that every part of it matters."""
-    class_name, config_fields = (MAMBA | ATTENTION)[name]
+    class_name, config_fields = (MAMBA | ATTENTION | MOE)[name]
     model_class = getattr(transformers, class_name)
     config = model_class.config_class(**config_fields | fields)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = model_class(config).eval()
     with torch.no_grad():
@@ -96,6 +186,52 @@ def results_of(model: Any, ids: Tensor, **arguments: Any) -> dict[str, Tensor]:
     output.loss.backward()
     gradients = {f"d{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": output.logits.detach(), "loss": output.loss.detach()} | gradients
+
+
+class Choices:
+    """What `topk` chose in one run, to be chosen again in others.
+
+    A router's second and third expert may be nearer to each other than two roundings: then a result is that of other
+    experts, and says nothing about how exactly it was computed.
+    """
+
+    def __init__(self) -> None:
+        self.indices: list[Tensor] = []
+
+    def recorded(self) -> TorchDispatchMode:
+        """Within: remembers the choices."""
+        return _Recorded(self.indices)
+
+    def repeated(self) -> TorchDispatchMode:
+        """Within: chooses as before, in the same order of calls."""
+        return _Repeated(list(self.indices))
+
+
+class _Recorded(TorchDispatchMode):
+    def __init__(self, indices: list[Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self.chosen(result, args[0]) if func is torch.ops.aten.topk.default else result
+
+    def chosen(self, result: Any, scores: Tensor) -> Any:
+        self.indices.append(result[1])
+        return result
+
+
+class _Repeated(_Recorded):
+    def chosen(self, result: Any, scores: Tensor) -> Any:
+        before = self.indices.pop(0)
+        assert before.shape == result[1].shape
+        return scores.gather(-1, before), before
+
+
+def side_by_side(results: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Several results as one: a tensor of few numbers may be rounded well by luck, and its twin then fails the rule."""
+    found = [{name: value.clone() for name, value in result.items()} for result in results]
+    return {name: torch.stack([result[name] for result in found]) for name in found[0]}
 
 
 def in_double(model: Any) -> Any:

@@ -10,6 +10,7 @@ from types import ModuleType
 PARTS = {
     "mamba": "fastlm.compat.transformers.mamba",
     "attention": "fastlm.compat.transformers.attention",
+    "experts": "fastlm.compat.transformers.experts",
 }
 
 _lock = threading.Lock()
@@ -20,8 +21,9 @@ def enable(*parts: str) -> tuple[str, ...]:
     """Runs transformers models on fastlm's operators from now on.
 
     Args:
-        parts: of `"mamba"` (the mixers of Mamba, Falcon-Mamba and Jamba) and `"attention"` (the attention implementation
-            called `"fastlm"`); none named: all of them.
+        parts: of `"mamba"` (the mixers of Mamba, Falcon-Mamba and Jamba), `"attention"` (the attention implementation
+            called `"fastlm"`) and `"experts"` (the experts implementation of that name, for mixtures of experts); none
+            named: all of them.
 
     Returns:
         enabled: the parts that are enabled now, of those named, whether by this call or by an earlier one.
@@ -33,8 +35,9 @@ def enable(*parts: str) -> tuple[str, ...]:
 
     Note:
         For this process, all threads, and models created before or after. `"mamba"` acts on every model at once;
-        attention is chosen per model: `model.set_attn_implementation("fastlm")`, or `attn_implementation="fastlm"` when
-        it is loaded. No weights, configurations or caches are changed.
+        attention is chosen per model: `model.set_attn_implementation("fastlm")`, or
+        `attn_implementation="fastlm"` when it is loaded; experts likewise: `model.set_experts_implementation("fastlm")`
+        or `experts_implementation="fastlm"`. No weights, configurations or caches are changed.
 
     Example:
         >>> import fastlm.compat.transformers
@@ -58,7 +61,8 @@ def disable(*parts: str) -> tuple[str, ...]:
 
     Note:
         transformers then runs its own functions again, the same objects as before. A model that was set to
-        `attn_implementation="fastlm"` must be set to another one: transformers no longer knows that name.
+        `attn_implementation="fastlm"` or `experts_implementation="fastlm"` must be set to another one: transformers no
+        longer knows that name.
     """
     return _switch("disable", parts, on=False)
 
