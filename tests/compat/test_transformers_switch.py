@@ -29,7 +29,7 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
 def test_unknown_parts(function):
     with pytest.raises(
         ValueError,
-        match=rf"{function.__name__}: parts must be among 'mamba', 'attention', 'experts', got 'moe'",
+        match=rf"{function.__name__}: parts must be among 'mamba', 'attention', 'experts', 'router', got 'moe'",
     ):
         function("mamba", "moe")
 
@@ -44,18 +44,18 @@ class TestWithTransformers:
         )
 
     def test_what_was_enabled_is_returned(self):
-        assert enable() == ("mamba", "attention", "experts")
+        assert enable() == ("mamba", "attention", "experts", "router")
         assert enable("attention") == ("attention",)
         assert disable("mamba", "mamba") == ("mamba",)
         assert disable("experts") == ("experts",)
-        assert disable() == ("attention",)
+        assert disable() == ("attention", "router")
         assert disable() == ()
         assert enable("mamba") == ("mamba",)
 
     @torch.no_grad()
-    @pytest.mark.parametrize("name", ["jamba moe", "mixtral"])
+    @pytest.mark.parametrize("name", ["jamba moe", "phimoe"])
     def test_everything_comes_back(self, name):
-        changed = [_names.find(name) for name in mamba().MIXERS]
+        changed = [_names.find(name) for name in (*mamba().MIXERS, router().ROUTER, router().BLOCK)]
         interfaces = [_names.find(name) for name in (*attention().INTERFACES, *experts().INTERFACES)]
         forwards = [vars(module)["forward"] for module in changed]
         mappings = [dict(interface._global_mapping) for interface in interfaces]
@@ -137,3 +137,9 @@ def experts():
     from fastlm.compat.transformers import experts
 
     return experts
+
+
+def router():
+    from fastlm.compat.transformers import router
+
+    return router

@@ -11,6 +11,7 @@ PARTS = {
     "mamba": "fastlm.compat.transformers.mamba",
     "attention": "fastlm.compat.transformers.attention",
     "experts": "fastlm.compat.transformers.experts",
+    "router": "fastlm.compat.transformers.router",
 }
 
 _lock = threading.Lock()
@@ -22,8 +23,8 @@ def enable(*parts: str) -> tuple[str, ...]:
 
     Args:
         parts: of `"mamba"` (the mixers of Mamba, Falcon-Mamba and Jamba), `"attention"` (the attention implementation
-            called `"fastlm"`) and `"experts"` (the experts implementation of that name, for mixtures of experts); none
-            named: all of them.
+            called `"fastlm"`), `"experts"` (the experts implementation of that name, for mixtures of experts) and
+            `"router"` (PhiMoE's router); none named: all of them.
 
     Returns:
         enabled: the parts that are enabled now, of those named, whether by this call or by an earlier one.
@@ -34,8 +35,8 @@ def enable(*parts: str) -> tuple[str, ...]:
         ValueError: an unknown part; nothing changes then.
 
     Note:
-        For this process, all threads, and models created before or after. `"mamba"` acts on every model at once;
-        attention is chosen per model: `model.set_attn_implementation("fastlm")`, or
+        For this process, all threads, and models created before or after. `"mamba"` and `"router"` act on every model
+        at once; attention is chosen per model: `model.set_attn_implementation("fastlm")`, or
         `attn_implementation="fastlm"` when it is loaded; experts likewise: `model.set_experts_implementation("fastlm")`
         or `experts_implementation="fastlm"`. No weights, configurations or caches are changed.
 
