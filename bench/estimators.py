@@ -313,6 +313,7 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="source", type=Path, help="a file written by --json, instead of training"
     )
+    parser.add_argument("--finished", action="store_true", help="take the runs that are there, start none")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -326,7 +327,14 @@ def main() -> None:
             options.dtype = "bf16" if fastlm.cpu_capability() == "avx512_bf16" else "fp32"
         sizes = Sizes(steps=options.steps, lr=options.lr, dtype=options.dtype)
         data = prepare(options.work, sizes)
-        runs = run_all(options.variants, list(range(options.seeds)), sizes, options.work, options.workers)
+        seeds = list(range(options.seeds))
+        if options.finished:
+            there = [
+                finished(options.work, variant, seed, sizes) for seed in seeds for variant in options.variants
+            ]
+            runs = [run for run in there if run]
+        else:
+            runs = run_all(options.variants, seeds, sizes, options.work, options.workers)
         record = {
             "git": git_commit(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def _variants(record: dict[str, Any]) -> list[str]:
 
 def _colours(record: dict[str, Any]) -> dict[str, Any]:
     return {variant: f"C{i}" for i, variant in enumerate(_variants(record))}
+
+
+def _spelled(name: str) -> str:
+    """A token for an axis: a long run of blanks as its number."""
+    text = ast.literal_eval(name.split(" ", 1)[1])
+    blanks = len(text) - len(text.rstrip(" "))
+    return repr(text) if blanks < 2 else f"{text.rstrip(' ')!r} + {blanks} blanks"
 
 
 def curves(record: dict[str, Any], path: Path) -> None:
@@ -149,7 +157,7 @@ def affinities(record: dict[str, Any], path: Path, variant: str = "v2") -> None:
             image = axis.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=largest)
             axis.set_xticks(range(len(shares[0])), [str(i + 1) for i in range(len(shares[0]))], fontsize=8)
             labels = [
-                f"{name if part == 'kinds' else name.split(' ', 1)[1]}  {found[part][name]['share']:.1%}"
+                f"{name if part == 'kinds' else _spelled(name)}  {found[part][name]['share']:.1%}"
                 for name in names
             ]
             axis.set_yticks(range(len(names)), labels if layer == 0 else [""] * len(names), fontsize=8)

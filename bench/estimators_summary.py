@@ -75,8 +75,25 @@ def summary(runs: list[dict[str, Any]], base: str) -> list[dict[str, Any]]:
             row["min_load"] = [_rounded(statistics.fmean(min(x["load"][i]) for x in last)) for i in layers]
             for name in ("entropy", "unlikely", "rivals"):
                 row[name] = [_rounded(statistics.fmean(x[name][i] for x in last)) for i in layers]
+            told = [[information(run["affinity"]["kinds"], i) for i in layers] for run in mine]
+            row["information"] = [_rounded(statistics.fmean(x[i] for x in told)) for i in layers]
         rows.append(row)
     return rows
+
+
+def information(kinds: dict[str, Any], layer: int) -> float:
+    """Bits that the kind of a token tells about the expert of a pick (mutual information)."""
+    shares = [entry["share"] for entry in kinds.values()]
+    rows = [entry["experts"][layer] for entry in kinds.values()]
+    overall = [
+        sum(share * row[e] for share, row in zip(shares, rows, strict=True)) for e in range(len(rows[0]))
+    ]
+    return sum(
+        share * p * math.log2(p / q)
+        for share, row in zip(shares, rows, strict=True)
+        for p, q in zip(row, overall, strict=True)
+        if p > 0
+    )
 
 
 def _rounded(value: float) -> float | None:
@@ -86,14 +103,21 @@ def _rounded(value: float) -> float | None:
 def table(rows: list[dict[str, Any]]) -> str:
     """The summary as Markdown."""
     lines = [
-        "| variant | seeds | bits per byte | minus v2, by seed | max load | entropy, bits | not the likeliest | with a rival |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| variant | seeds | bits per byte | minus v2, by seed | max load | entropy, bits | not the likeliest | with a rival "
+        "| kind tells |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         cells = [row["variant"], str(row["seeds"]), _with_interval(row["bits"], row["half"], "")]
         shown = "difference" in row
         cells.append(_with_interval(row["difference"], row["difference_half"], "+") if shown else "")
-        for name, form in (("max_load", ".3f"), ("entropy", ".2f"), ("unlikely", ".1%"), ("rivals", ".1%")):
+        for name, form in (
+            ("max_load", ".3f"),
+            ("entropy", ".2f"),
+            ("unlikely", ".1%"),
+            ("rivals", ".1%"),
+            ("information", ".2f"),
+        ):
             cells.append(", ".join(format(x, form) for x in row.get(name, [])))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

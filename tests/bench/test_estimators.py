@@ -50,7 +50,9 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(work):
-    return estimators.run_all(["v2", "topk"], [0, 1], TINY, work, workers=0)
+    threads = torch.get_num_threads()  # a job takes one, here in the process of the tests
+    yield estimators.run_all(["v2", "topk"], [0, 1], TINY, work, workers=0)
+    torch.set_num_threads(threads)
 
 
 def test_every_run_has_its_curve_and_its_routing(runs):
@@ -175,6 +177,13 @@ def test_differences_are_taken_by_seed():
     assert rows[1]["difference_half"] == pytest.approx(12.7062 * 0.05, abs=1e-4)
     assert (rows[1]["pairs"], rows[1]["wins"]) == (2, 0)
     assert "+0.1500 ± 0.6353" in estimators_summary.table(rows)
+
+
+def test_information_of_kinds():
+    split = {"a": {"share": 0.5, "experts": [[1.0, 0.0]]}, "b": {"share": 0.5, "experts": [[0.0, 1.0]]}}
+    alike = {"a": {"share": 0.3, "experts": [[0.4, 0.6]]}, "b": {"share": 0.7, "experts": [[0.4, 0.6]]}}
+    assert estimators_summary.information(split, 0) == pytest.approx(1)
+    assert estimators_summary.information(alike, 0) == pytest.approx(0, abs=1e-12)
 
 
 def test_kinds_of_tokens():
