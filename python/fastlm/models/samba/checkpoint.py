@@ -39,8 +39,8 @@ def save_pretrained(model: SambaForCausalLM, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt", "model_type": MODEL_TYPE}
-    _write(directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    _write(directory / CONFIG_FILE, model.config.to_json_file)
+    write_file(directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    write_file(directory / CONFIG_FILE, model.config.to_json_file)
 
 
 def load_pretrained(
@@ -79,7 +79,7 @@ def load_pretrained(
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-            _check_shapes(path, expected, found)
+            check_shapes(path, expected, found)
             tensors = {name: _converted(name, file.get_tensor(name), dtype) for name in expected}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
@@ -87,9 +87,7 @@ def load_pretrained(
     return model.requires_grad_(True).eval()
 
 
-def _check_shapes(
-    path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> None:
+def check_shapes(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     """All names and shapes of the file are those of the model."""
     if missing := [name for name in expected if name not in found]:
         raise ValueError(
@@ -112,7 +110,7 @@ def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> to
     return tensor.to(torch.promote_types(dtype, torch.float32) if name.endswith(_PRECISE) else dtype)
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file in the same directory, then give it its name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Every published Samba size, and small ones for tests and demonstrations.
+"""Every published Samba size, GRIN-MoE and its siblings, and small ones for tests and demonstrations.
 
 Sources: Ren et al., arXiv 2406.07522v3, Table 12, and the configurations of the public Samba code (heads of
 the GQA and MQA variants, Mamba-SWA-MLP, Llama-SWA). Block counts are half of the paper's layer counts.
@@ -16,6 +16,28 @@ _MAMBA_SWA_MLP = ("mamba+sliding_attention",)
 _SWA_ONLY = ("sliding_attention",)
 # The small key/value variants spend the saved parameters on a wider feed-forward layer.
 _FEW_KV_HEADS = _SAMBA_421M.changed(intermediate_size=4608)
+
+# Liu et al., arXiv 2409.12136, Table 1 and the configuration on the hub: 41.87 billion parameters, 6.64 of them used by a token. The
+# window is the paper's; the hub's 2047 is a kernel's left bound and means the same. The coefficient is that of the released
+# configuration, for fine-tuning: the one of the training is not published.
+_GRIN_MOE = SambaConfig(
+    vocab_size=32064,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    layer_pattern=_SWA_ONLY,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=6400,
+    sliding_window=2048,
+    tie_word_embeddings=False,
+    norm_type="layer_norm",
+    attention_bias=True,
+    lm_head_bias=True,
+    num_experts=16,
+    router_aux_loss_coef=0.0,
+    eos_token_id=32000,
+)
 
 PRESETS: dict[str, SambaConfig] = {
     "Samba_421M": _SAMBA_421M,
@@ -48,6 +70,14 @@ PRESETS: dict[str, SambaConfig] = {
     "Mamba_SWA_MLP_1.3B": _SAMBA_1_3B.changed(num_hidden_layers=12, layer_pattern=_MAMBA_SWA_MLP),
     "LLaMA_438M_SWA": _SAMBA_421M.changed(num_hidden_layers=14, layer_pattern=_SWA_ONLY),
     "LLaMA_1.3B_SWA": _SAMBA_1_3B.changed(num_hidden_layers=20, layer_pattern=_SWA_ONLY),
+    "GRIN_MoE": _GRIN_MOE,
+    # Li et al., arXiv 2506.18349: GRIN's shape with slimmer experts and, in tiny, half the heads. Seen in copies of the tiny model's
+    # configuration: its sizes, heads and expert width; of the mini model only the totals, which these sizes give. Window, special
+    # tokens and noise of both are taken over from GRIN, unverified.
+    "Phi_mini_MoE": _GRIN_MOE.changed(intermediate_size=960),
+    "Phi_tiny_MoE": _GRIN_MOE.changed(
+        intermediate_size=448, num_attention_heads=16, num_key_value_heads=4, head_dim=128
+    ),
     # 2.1 million parameters, one group of Samba's layers: what learned most from text in two minutes on two CPU cores.
     "demo": SambaConfig(
         vocab_size=2048,
@@ -70,6 +100,7 @@ PRESETS: dict[str, SambaConfig] = {
         state_size=4,
     ),
 }
+PRESETS["tiny_moe"] = PRESETS["tiny"].changed(num_experts=4, intermediate_size=20)
 
 _BY_KEY = {name.lower().replace("-", "_"): config for name, config in PRESETS.items()}
 
@@ -89,12 +120,14 @@ def preset(name: str) -> SambaConfig:
 def peak_learning_rate(name: str) -> float:
     """AdamW's peak learning rate for the preset `name`: Table 12's, or what trained best for the small ones.
 
-    The published ones are for batches of millions of tokens, the small ones' for about a thousand.
+    The published ones are for batches of millions of tokens, the small ones' for about a thousand. GRIN-MoE's and its siblings' are
+    not published: theirs is a cautious choice for models of their width, tried by nobody here.
 
     Raises:
         ValueError: no such preset.
     """
     preset(name)
     key = name.lower().replace("-", "_")
-    small = {"demo": 1e-2, "tiny": 2e-3}
-    return small.get(key, 6e-4 if key in ("samba_1.7b", "samba_3.8b") else 4e-4)
+    chosen = {"demo": 1e-2, "tiny": 2e-3, "tiny_moe": 2e-3}
+    chosen |= dict.fromkeys(("grin_moe", "phi_mini_moe", "phi_tiny_moe"), 2e-4)
+    return chosen.get(key, 6e-4 if key in ("samba_1.7b", "samba_3.8b") else 4e-4)
