@@ -11,6 +11,8 @@ import pytest
 @pytest.mark.parametrize(
     "name",
     [
+        "fastlm.layers.grin_moe",
+        "fastlm.layers.layer_norm",
         "fastlm.layers.mamba",
         "fastlm.layers.rms_norm",
         "fastlm.layers.rotary",
