@@ -14,6 +14,7 @@ from fastlm.models.samba import SambaConfig, SambaForCausalLM
 from fastlm.training import InputError, load_record, make_config, resume, train
 from fastlm.training.checkpoint import CheckpointFolder
 from fastlm.training.log import RunLog
+from fastlm.training.progress import QuietReporter, StepReport
 from fastlm.training.trainer import model_config
 from tests.cli.test_cli import SMALL_FLAGS, run
 from tests.training.runs import STEPS, assert_same_bits, die_at_write, small_config, start, write_text
@@ -161,6 +162,16 @@ def test_the_seed_decides_what_routers_draw(text: Path, tmp_path: Path) -> None:
         torch.manual_seed(hash(name) % 1000)  # what happened before must not matter
         train(small_config(text, steps=3, seed=seed, **MOE), tmp_path / name)
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_what_routers_draw_depends_on_the_step_alone(text: Path, tmp_path: Path) -> None:
+    class Drawing(QuietReporter):
+        def step(self, report: StepReport) -> None:
+            torch.rand(1 + report.step)
+
+    train(small_config(text, steps=4, **MOE), tmp_path / "quiet")
+    train(small_config(text, steps=4, **MOE), tmp_path / "drawing", reporter=Drawing())
+    assert losses(tmp_path / "drawing") == losses(tmp_path / "quiet")
 
 
 def test_bf16_trains_experts_on_fp32_weights(text: Path, tmp_path: Path) -> None:
