@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..case import DECODE, DTYPES, STEP, Build, Call, Case, Contender, Inputs, Outputs, Target, Work
+from ..causal_lm import as_inputs, decoding, gradients, training_step, weights_of
 from ..peers import member, package
 
 _LAYERS, _HIDDEN, _INNER, _STATE, _WIDTH, _RANK, _VOCABULARY = 2, 768, 1536, 16, 4, 48, 4192
 _EPS = 1e-5
 _PROMPT = 16
-_WEIGHT = "weight:"
 
 
 def cases() -> list[Case]:
@@ -104,8 +104,8 @@ def _inputs(dtype: str, B: int, L: int) -> Inputs:
         }
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["norm_f.weight"] = (_HIDDEN,)
-    weights = {f"{_WEIGHT}{name}": _initial(name, shape).to(cast) for name, shape in shapes.items()}
-    return {"input_ids": torch.randint(0, _VOCABULARY, (B, L)), **weights}
+    weights = {name: _initial(name, shape).to(cast) for name, shape in shapes.items()}
+    return {"input_ids": torch.randint(0, _VOCABULARY, (B, L)), **as_inputs(weights)}
 
 
 def _initial(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -128,16 +128,12 @@ def _initial(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _model(inputs: Inputs) -> Any:
     """The model of transformers with the weights of the inputs, all of which it must have."""
-    transformers = package("transformers", needs="pip install 'fastlm[hf]'")
+    transformers, weights = package("transformers", needs="pip install 'fastlm[hf]'"), weights_of(inputs)
     transformers.logging.set_verbosity_error()
     config = transformers.MambaConfig(vocab_size=_VOCABULARY, hidden_size=_HIDDEN, num_hidden_layers=_LAYERS)
-    model = transformers.MambaForCausalLM(config).to(inputs[f"{_WEIGHT}norm_f.weight"].dtype)
-    model.backbone.load_state_dict(_weights(inputs))
+    model = transformers.MambaForCausalLM(config).to(weights["norm_f.weight"].dtype)
+    model.backbone.load_state_dict(weights)
     return model
-
-
-def _weights(inputs: Inputs) -> dict[str, Tensor]:
-    return {name.removeprefix(_WEIGHT): t for name, t in inputs.items() if name.startswith(_WEIGHT)}
 
 
 def _switched(call: Call, enabled: bool) -> Call:
@@ -157,47 +153,17 @@ def _switched(call: Call, enabled: bool) -> Call:
 
 
 def _training(*, enabled: bool, compiled: bool = False) -> Build:
-    """Steps at rate 0: the work of an update, and the same weights before every step. Returns loss and gradients."""
-
     def build(inputs: Inputs) -> Call:
         model = _model(inputs).train()
-        parameters = dict(model.backbone.named_parameters())
-        optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.1, fused=True)
-        ids, run = inputs["input_ids"], torch.compile(model) if compiled else model
-
-        def call() -> tuple[Tensor, ...]:
-            optimizer.zero_grad(set_to_none=True)
-            loss: Tensor = run(ids, labels=ids).loss
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            return (loss.detach(), *_gradients(parameters, inputs))
-
-        return _switched(call, enabled)
+        run = torch.compile(model) if compiled else model
+        return _switched(training_step(run, dict(model.backbone.named_parameters()), inputs), enabled)
 
     return build
 
 
-def _gradients(parameters: dict[str, Any], inputs: Inputs) -> tuple[Tensor, ...]:
-    """In the order of the inputs."""
-    return tuple(parameters[name].grad for name in _weights(inputs))
-
-
 def _decoding(*, enabled: bool) -> Build:
     def build(inputs: Inputs) -> Call:
-        model = _model(inputs).eval()
-        prompt, *steps = inputs["input_ids"].split(
-            [_PROMPT] + [1] * (inputs["input_ids"].shape[1] - _PROMPT), 1
-        )
-
-        def call() -> Tensor:
-            output = model(prompt, use_cache=True)
-            logits = [output.logits]
-            for step in steps:
-                output = model(step, cache=output.cache, use_cache=True)
-                logits.append(output.logits)
-            return torch.cat(logits, dim=1)
-
-        return _switched(call, enabled)
+        return _switched(decoding(_model(inputs).eval(), inputs["input_ids"], _PROMPT), enabled)
 
     return build
 
@@ -207,12 +173,12 @@ def _decoding(*, enabled: bool) -> Build:
 
 def _plain_step(inputs: Inputs) -> Call:
     def call() -> tuple[Tensor, ...]:
-        parameters = {name: nn.Parameter(t) for name, t in _weights(inputs).items()}
+        parameters = {name: nn.Parameter(t) for name, t in weights_of(inputs).items()}
         ids = inputs["input_ids"]
         logits = _plain_model(ids, parameters)
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
-        return (loss.detach(), *_gradients(parameters, inputs))
+        return (loss.detach(), *gradients(parameters, inputs))
 
     return call
 
@@ -220,7 +186,7 @@ def _plain_step(inputs: Inputs) -> Call:
 def _plain_logits(inputs: Inputs) -> Call:
     @torch.no_grad()
     def call() -> Tensor:
-        return _plain_model(inputs["input_ids"], _weights(inputs))
+        return _plain_model(inputs["input_ids"], weights_of(inputs))
 
     return call
 
