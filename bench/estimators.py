@@ -1,6 +1,6 @@
 """Which estimator of a router's gradient trains a small mixture of experts best, on real text, over several seeds.
 
-    python -m bench.estimators --json out.json --plot out.png
+    python -m bench.estimators --json out.json --plot out.png --plot-load load.png --plot-affinity affinity.png
     python -m bench.estimators --from out.json --plot out.png     # the pictures and tables again, nothing trained
 
 One architecture (Samba blocks: Mamba, then attention, each with its experts) is trained on the source of Python's own library, the
@@ -10,8 +10,6 @@ in evaluation mode, where all routers pick the largest logits.
 
 Each run is a job of one thread in a process of its own and leaves a file in `--work`; a second call does only those missing.
 Jobs go seed by seed: whenever it is stopped, all variants have had (nearly) the same seeds.
-
-Pictures: `out.png` (curves and differences), and beside it `..._load.png` and `..._affinity.png`.
 """
 
 from __future__ import annotations
@@ -315,7 +313,9 @@ def main() -> None:
     )
     parser.add_argument("--finished", action="store_true", help="take the runs that are there, start none")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="picture of curves and differences")
+    parser.add_argument("--plot-load", type=Path, help="picture of the experts' load")
+    parser.add_argument("--plot-affinity", type=Path, help="picture of which tokens go to which expert")
     options = parser.parse_args()
     if options.source:
         record = json.loads(options.source.read_text(encoding="utf-8"))
@@ -350,14 +350,20 @@ def main() -> None:
         options.json.write_text(compact(record), encoding="utf-8")
     if options.plot:
         estimators_plot.curves(record, options.plot)
-        estimators_plot.loads(record, options.plot.with_stem(options.plot.stem + "_load"))
-        estimators_plot.affinities(record, options.plot.with_stem(options.plot.stem + "_affinity"))
+    if options.plot_load:
+        estimators_plot.loads(record, options.plot_load)
+    if options.plot_affinity:
+        estimators_plot.affinities(record, options.plot_affinity)
 
 
 def compact(record: dict[str, Any]) -> str:
-    """JSON with one line per run."""
+    """JSON with one line per run; single tokens only of the run in the picture, the first of `BASE`."""
     head = json.dumps({**record, "runs": "RUNS"}, indent=1)
     runs = [{key: value for key, value in run.items() if key != "sizes"} for run in record["runs"]]
+    pictured = min((run["seed"] for run in runs if run["variant"] == BASE), default=None)
+    for run in runs:
+        if run["affinity"] and (run["variant"], run["seed"]) != (BASE, pictured):
+            run["affinity"] = {"kinds": run["affinity"]["kinds"]}
     lines = ",\n".join("  " + json.dumps(run, separators=(",", ":")) for run in runs)
     return head.replace('"RUNS"', f"[\n{lines}\n ]") + "\n"
 

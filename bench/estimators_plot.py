@@ -60,10 +60,10 @@ def curves(record: dict[str, Any], path: Path) -> None:
         low, high = ([m + s * h for m, h in both] for s in (-1, 1))
         left.fill_between(x, low, high, color=colours[variant], alpha=0.12, lw=0)
     # The first stretch falls so far that nothing else could be seen beside it.
-    shown = [point["bits"] for run in runs for point in run["curve"][len(run["curve"]) // 6 :]]
+    shown = [point["bits"] for run in runs for point in run["curve"][len(run["curve"]) // 4 :]]
     left.set(
         xlabel="tokens of training (millions)",
-        ylabel="held-out bits per byte",
+        ylabel="bits per byte, watched part of the held-out text",
         ylim=(min(shown) - 0.03, max(shown) + 0.03),
     )
     left.legend(fontsize=8)
@@ -124,7 +124,7 @@ def loads(record: dict[str, Any], path: Path) -> None:
     axes[0][0].set_ylabel("share of picks, end of training")
     axes[1][0].set_ylabel("largest share (dotted: even)")
     axes[0][0].legend(fontsize=8)
-    axes[1][-1].legend(fontsize=7)
+    axes[1][0].legend(fontsize=7, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -200,6 +200,7 @@ def test_pictures_and_record(work, runs, tmp_path):
     text = estimators.compact(record)
     assert text.count("\n") < 200
     record = json.loads(text)
+    assert ["tokens" in run["affinity"] for run in record["runs"]] == [True, False, False, False]
     assert [run["bits"] for run in record["runs"]] == [run["bits"] for run in runs]
     for name in ("curves", "loads", "affinities"):
         getattr(estimators_plot, name)(record, tmp_path / f"{name}.png")
