@@ -28,7 +28,7 @@ FASTLM_INLINE const T* element(const Weights& w, int64_t expert, int64_t row, in
   return static_cast<const T*>(w.data) + expert * w.expert_stride + row * w.row_stride + depth * w.depth_stride;
 }
 
-// What is read of a weight next: rows of `bytes` each, fetched while a product runs. Strided weights are left to the hardware.
+// What is read of a weight next: rows of `values` each, fetched while a product runs. Strided weights are left to the hardware.
 template <class T>
 FASTLM_INLINE void add_stretch(Ahead& ahead, int stretch, const T* first, int64_t rows, int64_t stride, int64_t values) {
   ahead.row[stretch] = reinterpret_cast<const char*>(first);
@@ -46,10 +46,10 @@ FASTLM_INLINE const T* source_row(const moe_dispatch::Source& from, int64_t row)
   return static_cast<const T*>(from.data) + (from.index == nullptr ? row : from.index[row]) * from.row_stride;
 }
 
-// Up to `capacity` rows of the weight; what of it a product takes goes into rows 0 .. count-1 of the block.
+// Rows [first, first + count) of the weight, and where they begin in a block of kBlock rows.
 struct RowRange {
   int64_t first, count;
-  int64_t at;  // first row of the block
+  int64_t at;
 };
 
 // What is done with a block of sums. A function of a context instead of a template's argument: the products, which are most of
