@@ -116,4 +116,9 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "linear_nll_backward(Tensor? dnll, Tensor? dlse, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor labels, "
       "Tensor? bias, Tensor lse, Tensor entropy, *, int ignore_index, float softcap, bool need_dhidden, bool need_dweight, "
       "bool need_dbias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)");
+  // The keep_ratio largest scores, exactly, of all tokens or of each packed sequence. threshold: the smallest selected score, inf
+  // without any; counts: eligible and finite, selected, equal to the threshold.
+  m.def(
+      "select_tokens(Tensor score, Tensor eligible, Tensor? cu_seqlens=None, *, float keep_ratio, str tie_break='index', "
+      "int seed=0) -> (Tensor mask, Tensor threshold, Tensor counts)");
 }

@@ -6,6 +6,7 @@ gradient, public function, reference, samples, tests, bench case, docs row.
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_reference(op):
     assert getattr(reference, op).__module__ == f"fastlm.reference.{family_of(op)}"
 
 
-@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))])
 def test_docstring(name):
     """The sections of the style guide, and a sentence on top."""
     text = getattr(ops, name).__doc__ or ""

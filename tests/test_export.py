@@ -40,6 +40,7 @@ GROWING = {
         {"hidden_states": 0, "topk_ids": 0, "topk_weights": 0, "grad_weights": 0},
     ),
     "linear_nll": ("entropy", {"hidden": 0, "labels": 0}),
+    "select_tokens": ("plain", {"score": 0, "eligible": 0}),
 }
 
 

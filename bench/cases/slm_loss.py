@@ -1,17 +1,23 @@
-"""Cross-entropy of a linear head: as a loss with gradients, and as a score per token. Memory is part of the
-result.
+"""Cross-entropy of a linear head: as a loss with gradients, of selected tokens only, and as a score per token; the selection alone.
+
+Memory is part of the result.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..case import BOTH, DTYPES, FORWARD, Call, Case, Contender, Inputs, Target, UnavailableError, Work
-from ..peers import definition, operator, package
+from ..peers import definition, member, operator, package
 
 EAGER, CHUNKED = "logits stored", "F.linear_cross_entropy, chunks"
+TWO_PASSES = "losses, then F.linear_cross_entropy of the chosen"
+KEEP = 0.6
 _RATES = {"fp32": 75e9, "bf16": 150e9}
 _SPEEDUPS = {"fp32": 1.7, "bf16": 5}
 
@@ -25,8 +31,11 @@ def cases() -> list[Case]:
             _loss(dtype, 1024, 256, 4096),
             _loss(dtype, 1024, 1024, 32000),
             _score(dtype, 1024, 1024, 32000),
+            _selective(dtype, 128, 256, 4096, quick=True),
+            _selective(dtype, 1024, 256, 4096),
+            _selective(dtype, 1024, 1024, 32000),
         ]
-    return found
+    return [*found, _select(4096, quick=True), _select(32768), _select(1 << 20)]
 
 
 def _inputs(dtype: str, T: int, h: int, V: int) -> Inputs:
@@ -93,6 +102,62 @@ def _score(dtype: str, T: int, h: int, V: int) -> Case:
     )
 
 
+def _selective(dtype: str, T: int, h: int, V: int, *, quick: bool = False) -> Case:
+    """Forward 2 T h V for every token, backward 4 T h V for the chosen; computing logits again is not counted."""
+    product, flop = "dot" if dtype == "bf16" else "fma", 2.0 * T * h * V
+    both = flop * (1 + 2 * KEEP)
+    cost = {FORWARD: {f"mm_{dtype}": flop}, BOTH: {f"mm_{dtype}": 3 * flop}}
+    targets = (
+        Target(BOTH, "speedup", 1.6, EAGER),
+        Target(BOTH, "speedup", 1.0, "fastlm, every token"),
+        Target(BOTH, "memory", 1 / 50, EAGER),
+    )
+    return Case(
+        op="slm_loss",
+        name=f"selective_T{T}_h{h}_V{V}",
+        dtype=dtype,
+        shape={"T": T, "h": h, "V": V, "keep %": int(100 * KEEP)},
+        inputs=lambda: _inputs(dtype, T, h, V) | {"ref_nll": _reference_losses(T)},
+        reference=definition("slm_loss", keep_ratio=KEEP),
+        contenders=(
+            Contender("fastlm", operator("slm_loss", keep_ratio=KEEP), ours=True),
+            Contender("fastlm, every token", _every_token, ours=True, reference=_every_token_reference),
+            Contender(EAGER, _eager_selective, cost=cost),
+            Contender(TWO_PASSES, _two_passes, cost=cost),
+        ),
+        work={
+            FORWARD: Work(flop, "FLOP", {product: flop, "exp2": T * V}),
+            BOTH: Work(both, "FLOP", {product: both, "exp2": T * V}),
+        },
+        gradients=("hidden", "weight"),
+        targets=targets if V >= 32000 else (),
+        quick=quick,
+        memory=not quick,
+    )
+
+
+def _reference_losses(T: int) -> Tensor:
+    """Far apart, so that rounding of the losses chooses no other tokens."""
+    return torch.where(torch.randperm(T) < int(KEEP * T + 0.5), 0.0, 50.0)
+
+
+def _select(T: int, *, quick: bool = False) -> Case:
+    return Case(
+        op="slm_loss",
+        name=f"select_tokens_T{T}",
+        dtype="fp32",
+        shape={"T": T},
+        inputs=lambda: {"score": torch.randn(T), "eligible": torch.rand(T) < 0.9},
+        reference=definition("select_tokens", keep_ratio=KEEP),
+        contenders=(
+            Contender("fastlm", operator("select_tokens", keep_ratio=KEEP), ours=True),
+            Contender("torch.topk and scatter", _topk),
+        ),
+        work={FORWARD: Work(T, "tokens", bytes=6.0 * T)},
+        quick=quick,
+    )
+
+
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """All logits, then the loss in float32."""
     return functional.cross_entropy(functional.linear(hidden, weight).float(), labels)
@@ -100,6 +165,59 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def _eager(inputs: Inputs) -> Call:
     return lambda: eager(**inputs)
+
+
+def _chosen(nll: Tensor, ref_nll: Tensor) -> Tensor:
+    """Positions of the tokens to train on, with torch's operators."""
+    excess = nll.detach() - ref_nll
+    return excess.topk(int(KEEP * len(excess) + 0.5), sorted=False).indices.sort().values
+
+
+def _eager_selective(inputs: Inputs) -> Call:
+    def call() -> Tensor:
+        logits = functional.linear(inputs["hidden"], inputs["weight"]).float()
+        nll = functional.cross_entropy(logits, inputs["labels"], reduction="none")
+        return nll[_chosen(nll, inputs["ref_nll"])].mean()
+
+    return call
+
+
+def _two_passes(inputs: Inputs) -> Call:
+    """What can be put together today: losses in chunks without gradient, then the fused loss of the chosen rows."""
+    chunked = _chunked_function()
+
+    def call() -> Tensor:
+        hidden, weight, labels = inputs["hidden"], inputs["weight"], inputs["labels"]
+        with torch.no_grad():
+            parts = [
+                functional.cross_entropy(functional.linear(h, weight).float(), y, reduction="none")
+                for h, y in zip(hidden.split(256), labels.split(256), strict=True)
+            ]
+        chosen = _chosen(torch.cat(parts), inputs["ref_nll"])
+        return chunked(hidden[chosen], weight, labels[chosen])
+
+    return call
+
+
+def _every_token(inputs: Inputs) -> Call:
+    function = member("fastlm.ops", "linear_cross_entropy")
+    return lambda: function(inputs["hidden"], inputs["weight"], inputs["labels"])
+
+
+def _every_token_reference(inputs: Inputs) -> Call:
+    function = member("fastlm.reference", "linear_cross_entropy")
+    return lambda: function(inputs["hidden"], inputs["weight"], inputs["labels"])
+
+
+def _topk(inputs: Inputs) -> Call:
+    def call() -> Tensor:
+        score = inputs["score"].masked_fill(~inputs["eligible"], -torch.inf)
+        count = int(KEEP * int(inputs["eligible"].sum()) + 0.5)
+        mask = torch.zeros_like(inputs["eligible"])
+        mask[score.topk(count, sorted=False).indices] = True
+        return mask
+
+    return call
 
 
 def _eager_compiled(inputs: Inputs) -> Call:
@@ -116,11 +234,16 @@ def _eager_scores(inputs: Inputs) -> Call:
 
 
 def _chunked(inputs: Inputs) -> Call:
+    function = _chunked_function()
+    return lambda: function(inputs["hidden"], inputs["weight"], inputs["labels"])
+
+
+def _chunked_function() -> Callable[..., Tensor]:
     function = getattr(functional, "linear_cross_entropy", None)
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options is None:
         raise UnavailableError(f"torch {torch.__version__} has no F.linear_cross_entropy with chunks")
-    return lambda: function(inputs["hidden"], inputs["weight"], inputs["labels"], options=options())
+    return partial(function, options=options())
 
 
 def _cut_cross_entropy(inputs: Inputs) -> Call:

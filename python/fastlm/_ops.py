@@ -24,3 +24,4 @@ moe_experts = _fastlm.moe_experts.default
 moe_experts_backward = _fastlm.moe_experts_backward.default
 linear_nll = _fastlm.linear_nll.default
 linear_nll_backward = _fastlm.linear_nll_backward.default
+select_tokens = _fastlm.select_tokens.default

@@ -184,6 +184,15 @@ def scan_swa(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def select_tokens(
+    score: Tensor,
+    eligible: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    keep_ratio: float,
+    tie_break: str = "index",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def selective_scan(
     u: Tensor,
     delta: Tensor,

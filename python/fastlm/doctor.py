@@ -322,6 +322,11 @@ def _linear_nll(tokens: int, hidden: int, vocab: int) -> Call:
     return [torch.randn(tokens, hidden), torch.randn(vocab, hidden) * 0.1, labels], {}
 
 
+def _select_tokens(tokens: int) -> Call:
+    arguments = [torch.randn(tokens), torch.rand(tokens) < 0.9]
+    return arguments, {"keep_ratio": 0.6}
+
+
 CASES: dict[str, Case] = {
     "causal_conv1d": Case(lambda: _conv(2, 19, 37), lambda: _conv(1, 512, 2048)),
     "causal_conv1d_update": Case(lambda: _conv_update(3, 19), lambda: _conv_update(16, 1024)),
@@ -336,4 +341,5 @@ CASES: dict[str, Case] = {
     "grouped_gemm": Case(lambda: _grouped_gemm(37, 19, 23), lambda: _grouped_gemm(512, 256, 256)),
     "moe_experts": Case(lambda: _experts(37, 19, 23, 5), lambda: _experts(512, 256, 256, 8)),
     "linear_nll": Case(lambda: _linear_nll(37, 19, 53), lambda: _linear_nll(512, 256, 4096)),
+    "select_tokens": Case(lambda: _select_tokens(37), lambda: _select_tokens(32768)),
 }

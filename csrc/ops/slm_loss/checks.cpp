@@ -52,6 +52,24 @@ void check_backward(const OptionalTensor& dnll, const OptionalTensor& dlse, cons
   if (dentropy.has_value()) check_per_token(op, "entropy", entropy, hidden, labels);
 }
 
+bool check_select(const char* op, const Tensor& score, const Tensor& eligible, const OptionalTensor& cu_seqlens,
+                  double keep_ratio, const std::string& tie_break) {
+  check_floating(op, "score", score);
+  const auto sizes = score.sizes();
+  check_shape(op, "eligible", eligible, {sizes.begin(), sizes.end()});
+  FASTLM_CHECK_VALUE(eligible.scalar_type() == ScalarType::Bool, op, ": eligible must have dtype bool, got ",
+                     dtype_name(eligible.scalar_type()));
+  check_same_device(op, "eligible", eligible, "score", score);
+  if (cu_seqlens.has_value()) {
+    check_index_vector(op, "cu_seqlens", *cu_seqlens);
+    check_same_device(op, "cu_seqlens", *cu_seqlens, "score", score);
+  }
+  FASTLM_CHECK_VALUE(keep_ratio >= 0 && keep_ratio <= 1, op, ": keep_ratio must be in [0, 1], got ", keep_ratio);
+  FASTLM_CHECK_VALUE(tie_break == "index" || tie_break == "random", op, ": tie_break must be 'index' or 'random', got '",
+                     tie_break, "'");
+  return tie_break == "random";
+}
+
 std::vector<int64_t> label_values(const char* op, const Tensor& labels, int64_t vocab, int64_t ignore_index) {
   const Tensor flat = torch::stable::contiguous(labels);
   const int64_t n = flat.numel();

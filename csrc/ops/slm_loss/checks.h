@@ -1,6 +1,7 @@
 // Argument checks of slm_loss, shared by the CPU and the CUDA twin.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "adapter/check.h"
@@ -14,6 +15,10 @@ void check_head(const char* op, const Tensor& hidden, const Tensor& weight, cons
 
 void check_backward(const OptionalTensor& dnll, const OptionalTensor& dlse, const OptionalTensor& dentropy, const Tensor& hidden,
                     const Tensor& labels, const Tensor& lse, const Tensor& entropy);
+
+// Throws unless the call is sound; returns whether ties are broken at random.
+bool check_select(const char* op, const Tensor& score, const Tensor& eligible, const OptionalTensor& cu_seqlens,
+                  double keep_ratio, const std::string& tie_break);
 
 // float64 for float64, else float32: dtype of the per-token outputs.
 ScalarType loss_dtype(const Tensor& hidden);

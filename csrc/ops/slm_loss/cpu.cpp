@@ -2,12 +2,16 @@
 // that know nothing of each other; the backward pass is a pipeline over panels of the vocabulary, so that no thread waits at the
 // end of a product. Sums run over fixed runs of rows or words in order: no result depends on the number of threads.
 #include <algorithm>
+#include <limits>
+#include <string>
 #include <vector>
 
+#include "adapter/parallel.h"
 #include "adapter/pipeline.h"
 #include "adapter/tensor.h"
 #include "ops/slm_loss/checks.h"
 #include "ops/slm_loss/cpu/kernels.h"
+#include "ops/slm_loss/select.h"
 
 namespace fastlm::slm_loss {
 namespace {
@@ -340,10 +344,48 @@ std::tuple<Tensor, Tensor, Tensor> backward(OptionalTensor dnll, OptionalTensor 
   return {dhidden, dweight, dbias};
 }
 
+// Tokens of a whole call, or those of each sequence: their choice takes one read per 11 bits of the scores.
+std::tuple<Tensor, Tensor, Tensor> select(Tensor score, Tensor eligible, OptionalTensor cu_seqlens, double keep_ratio,
+                                          std::string tie_break, int64_t seed) {
+  constexpr const char* op = "select_tokens";
+  const bool random_ties = check_select(op, score, eligible, cu_seqlens, keep_ratio, tie_break);
+  const ScalarType acc = accumulation_dtype(score.scalar_type());
+  const int64_t total = score.numel();
+  const std::vector<int64_t> ends =
+      cu_seqlens.has_value() ? check_cu_seqlens(op, "cu_seqlens", *cu_seqlens, total) : std::vector<int64_t>{0, total};
+  const auto segments = static_cast<int64_t>(ends.size()) - 1;
+  const Tensor scores = torch::stable::contiguous(torch::stable::to(score, acc));
+  const Tensor allowed = torch::stable::contiguous(eligible);
+  const Tensor mask = empty(shape_of(score), ScalarType::Bool, score);
+  const Tensor threshold = empty({segments}, acc, score);
+  const Tensor counts = empty({segments, 3}, ScalarType::Long, score);
+  const auto run = [&]<class Score, class Key>() {
+    std::vector<Key> keys(static_cast<size_t>(total));
+    parallel_for(op, total, 1 << 15, [&](int64_t begin, int64_t end) {
+      keys_of(data<Score>(scores) + begin, data<bool>(allowed) + begin, end - begin, keys.data() + begin);
+    });
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t begin = ends[static_cast<size_t>(s)];
+      Key least;
+      const Selection done =
+          select_largest(keys.data() + begin, ends[static_cast<size_t>(s) + 1] - begin, keep_ratio, random_ties,
+                         static_cast<uint64_t>(seed), begin, mutable_data<bool>(mask) + begin, &least);
+      mutable_data<Score>(threshold)[s] = done.selected > 0 ? score_of(least) : std::numeric_limits<Score>::infinity();
+      int64_t* count = mutable_data<int64_t>(counts) + 3 * s;
+      count[0] = done.eligible;
+      count[1] = done.selected;
+      count[2] = done.tied;
+    }
+  };
+  acc == ScalarType::Double ? run.template operator()<double, uint64_t>() : run.template operator()<float, uint32_t>();
+  return {mask, threshold, counts};
+}
+
 }  // namespace
 }  // namespace fastlm::slm_loss
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
   m.impl("linear_nll", TORCH_BOX(&fastlm::slm_loss::forward));
   m.impl("linear_nll_backward", TORCH_BOX(&fastlm::slm_loss::backward));
+  m.impl("select_tokens", TORCH_BOX(&fastlm::slm_loss::select));
 }

@@ -1,4 +1,4 @@
-"""slm_loss: fake kernels, gradient and autocast. Checks use the words of csrc/ops/slm_loss/checks.cpp."""
+"""slm_loss: fake kernels, gradients and autocast. Checks use the words of csrc/ops/slm_loss/checks.cpp."""
 
 from __future__ import annotations
 
@@ -113,6 +113,42 @@ def _fake_backward(
     )
 
 
+def _fake_select(
+    score: Tensor,
+    eligible: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    keep_ratio: float,
+    tie_break: str = "index",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "select_tokens"
+    checks.floating(op, "score", score)
+    checks.shape(op, "eligible", eligible, score.shape)
+    torch._check_value(
+        eligible.dtype == torch.bool,
+        lambda: f"{op}: eligible must have dtype bool, got {checks.name_of(eligible.dtype)}",
+    )
+    checks.same_device(op, "eligible", eligible, "score", score)
+    segments: int | torch.SymInt = 1
+    if cu_seqlens is not None:
+        checks.cu_seqlens(op, "cu_seqlens", cu_seqlens)
+        checks.same_device(op, "cu_seqlens", cu_seqlens, "score", score)
+        segments = cu_seqlens.shape[0] - 1
+    torch._check_value(
+        0 <= keep_ratio <= 1, lambda: f"{op}: keep_ratio must be in [0, 1], got {keep_ratio:g}"
+    )
+    torch._check_value(
+        tie_break in ("index", "random"),
+        lambda: f"{op}: tie_break must be 'index' or 'random', got '{tie_break}'",
+    )
+    return (
+        score.new_empty(score.shape, dtype=torch.bool),
+        score.new_empty((segments,), dtype=_loss_dtype(score)),
+        score.new_empty((segments, 3), dtype=torch.int64),
+    )
+
+
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
@@ -135,6 +171,12 @@ def _backward(
         return None, None, None, None
     need_dhidden, need_dweight = ctx.needs_input_grad[:2]
     need_dbias = bias is not None and ctx.needs_input_grad[3]  # an omitted bias is not in the list
+    if torch.is_grad_enabled():  # create_graph=True
+        needed = (need_dhidden, need_dweight, need_dbias)
+        found = _differentiable_gradients(
+            (dnll, dlse, dentropy), (hidden, weight, bias), needed, labels, ctx.ignore_index, ctx.softcap
+        )
+        return found[0], found[1], None, found[2]
     dhidden, dweight, dbias = _ops.linear_nll_backward(
         dnll,
         dlse,
@@ -159,7 +201,65 @@ def _backward(
     )
 
 
-FAKES = {"linear_nll": _fake_forward, "linear_nll_backward": _fake_backward}
-GRADIENTS = {"linear_nll": (_setup_context, _backward)}
+def _differentiable_gradients(
+    grads: tuple[Tensor | None, ...],
+    inputs: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float,
+) -> list[Tensor | None]:
+    """Gradients of hidden, weight and bias by PyTorch's operators, for a second differentiation; with the logits in memory.
+
+    Tokens whose loss has gradient 0 are not left out: the second derivative in that gradient is not 0.
+    """
+    hidden, weight, bias = inputs
+    assert hidden is not None
+    assert weight is not None
+    acc = _loss_dtype(hidden)
+    valid = labels != ignore_index
+    rows = hidden[valid].to(acc)
+    logits = rows @ weight.to(acc).T
+    if bias is not None:
+        logits = logits + bias.to(acc)
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    lse = torch.logsumexp(logits, -1)
+    nll = lse - logits.gather(-1, labels[valid].long().unsqueeze(-1)).squeeze(-1)
+    finite = torch.where(
+        logits == -torch.inf, 0.0, logits
+    )  # a word of probability 0 counts 0, and not 0 * -inf
+    outputs = [nll, lse, lse - (torch.exp(logits - lse.unsqueeze(-1)) * finite).sum(-1)]
+    given = [(t, grad[valid]) for t, grad in zip(outputs, grads, strict=True) if grad is not None]
+    wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed and t is not None]
+    found = iter(
+        torch.autograd.grad(
+            [t for t, _ in given],
+            wanted,
+            [grad for _, grad in given],
+            create_graph=True,
+            materialize_grads=True,
+        )
+    )
+    return [next(found) if is_needed else None for is_needed in needed]
+
+
+def _keep_nothing(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    ctx.mark_non_differentiable(*output)
+
+
+def _no_gradient(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
+    """A choice has no derivative. Without a formula torch would warn whoever goes through the threshold."""
+    return None, None, None
+
+
+FAKES = {
+    "linear_nll": _fake_forward,
+    "linear_nll_backward": _fake_backward,
+    "select_tokens": _fake_select,
+}
+GRADIENTS = {"linear_nll": (_setup_context, _backward), "select_tokens": (_keep_nothing, _no_gradient)}
 # Under autocast the head behaves like F.linear: hidden and weight take autocast's dtype. The bias is added in float32 as it is.
 AUTOCAST = {"linear_nll": Cast(("hidden", "weight"))}

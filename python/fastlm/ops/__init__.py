@@ -7,9 +7,10 @@ from fastlm.ops.samba_decode_step import samba_decode_step
 from fastlm.ops.scan_swa import scan_swa
 from fastlm.ops.selective_scan import selective_scan, selective_state_update
 from fastlm.ops.sliding_window_attention import sliding_window_attention, sliding_window_attention_update
-from fastlm.ops.slm_loss import linear_cross_entropy, linear_nll
+from fastlm.ops.slm_loss import SelectionStats, linear_cross_entropy, linear_nll, select_tokens, slm_loss
 
 __all__ = [
+    "SelectionStats",
     "causal_conv1d",
     "causal_conv1d_update",
     "grin_route",
@@ -21,8 +22,10 @@ __all__ = [
     "moe_plan",
     "samba_decode_step",
     "scan_swa",
+    "select_tokens",
     "selective_scan",
     "selective_state_update",
     "sliding_window_attention",
     "sliding_window_attention_update",
+    "slm_loss",
 ]

@@ -15,9 +15,16 @@ from fastlm.reference.sliding_window_attention import (
     sliding_window_attention,
     sliding_window_attention_update,
 )
-from fastlm.reference.slm_loss import linear_cross_entropy, linear_nll
+from fastlm.reference.slm_loss import (
+    SelectionStats,
+    linear_cross_entropy,
+    linear_nll,
+    select_tokens,
+    slm_loss,
+)
 
 __all__ = [
+    "SelectionStats",
     "causal_conv1d",
     "causal_conv1d_update",
     "grin_route",
@@ -29,8 +36,10 @@ __all__ = [
     "moe_plan",
     "samba_decode_step",
     "scan_swa",
+    "select_tokens",
     "selective_scan",
     "selective_state_update",
     "sliding_window_attention",
     "sliding_window_attention_update",
+    "slm_loss",
 ]

@@ -1,4 +1,4 @@
-"""Samples of linear_nll and its backward; inputs of a head in any size."""
+"""Samples of linear_nll, its backward and select_tokens; inputs of a head in any size."""
 
 from __future__ import annotations
 
@@ -75,6 +75,48 @@ def _backward(*, draw: Draw, forward: Recipe, missing: tuple[str, ...] = ()) -> 
     return Call((*gradients, hidden, weight, labels, bias, lse, entropy), options)
 
 
+def _select(
+    shape: tuple[int, ...] = (37,),
+    *,
+    draw: Draw,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    ties: bool = False,
+    special: bool = False,
+    lengths: tuple[int, ...] = (),
+    **options: Any,
+) -> Call:
+    kwargs = {"keep_ratio": 0.6} | options
+    score = draw.normal(*shape, dtype=dtype, layout=layout)
+    if ties:
+        score = score.round()
+    if special:
+        values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0], dtype=dtype)
+        score.view(-1)[: len(values)] = values
+    if lengths:
+        kwargs["cu_seqlens"] = torch.tensor((0, *lengths)).cumsum(0)
+    return Call((score, draw.integers(0, 4, shape) > 0), kwargs)
+
+
+_SELECT: dict[str, Recipe] = {
+    "plain": _select,
+    "ties": partial(_select, ties=True),
+    "random_ties": partial(_select, ties=True, tie_break="random", seed=5),
+    "special": partial(_select, special=True),
+    "bfloat16": partial(_select, dtype=torch.bfloat16),
+    "float16": partial(_select, dtype=torch.float16, special=True),
+    "float64": partial(_select, dtype=torch.float64, ties=True, tie_break="random"),
+    "rows_and_columns": partial(_select, (5, 9)),
+    "gaps": partial(_select, (5, 9), layout="gaps"),
+    "no_unit_stride": partial(_select, (5, 9), layout="no_unit_stride"),
+    "sequences": partial(_select, lengths=(3, 0, 20, 14), ties=True),
+    "sequences_random_ties": partial(_select, lengths=(3, 0, 20, 14), ties=True, tie_break="random"),
+    "all_of_them": partial(_select, keep_ratio=1.0),
+    "none_of_them": partial(_select, keep_ratio=0.0),
+    "one_token": partial(_select, (1,)),
+    "no_tokens": partial(_select, (0,)),
+}
+
 _NLL: dict[str, Recipe] = {
     "plain": partial(_nll, ignored="none"),
     "some_ignored": _nll,
@@ -112,4 +154,5 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "weight_only": partial(_backward, forward=_NLL["entropy"], missing=("dhidden", "dbias")),
         "bias_only": partial(_backward, forward=_NLL["entropy"], missing=("dhidden", "dweight")),
     },
+    "select_tokens": _SELECT,
 }
