@@ -1,0 +1,474 @@
+"""Runs of `bench.rho1`: reference models, the variants of which tokens have a loss, and what is counted while they train."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.rho1_corpus import DOCUMENT_KINDS, Documents, LabelledCorpus
+from bench.rho1_noise import CLEAN, KINDS
+from fastlm import ops
+from fastlm.training.atomic import write_bytes
+from fastlm.training.batches import IGNORE_INDEX, PackedRow, PackedSampler, evaluation_rows, pack
+from fastlm.training.evaluation import autocast
+from fastlm.training.schedule import learning_rate
+
+BUCKETS = (0, 1, 4, 16, 64)  # first positions in a piece; the state restarts at its beginning
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What all runs share."""
+
+    steps: int = 160
+    batch_tokens: int = 2048
+    seq_len: int = 128
+    evaluations: int = 16  # at equal distances, the last one after the last step
+    eval_tokens: int = 12_288  # of clean held-out text, watched during training
+    noise_eval_tokens: int = 4_096
+    final_eval_tokens: int = 65_536
+    final_noise_eval_tokens: int = 32_768
+    lr: float = 6e-3  # peak
+    warmup_steps: int = 16
+    continual_steps: int = 80
+    continual_lr: float = 2e-3
+    hidden_size: int = 192
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    sliding_window: int = 128
+    intermediate_size: int = 384
+    dtype: str = "bf16"
+
+    def model(self, vocab_size: int) -> Any:
+        """The configuration of every model."""
+        from fastlm.models import SambaConfig
+
+        names = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "sliding_window",
+            "intermediate_size",
+        )
+        values = {name: getattr(self, name) for name in names}
+        return SambaConfig(vocab_size=vocab_size, num_key_value_heads=self.num_attention_heads // 2, **values)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one run is trained.
+
+    `rule` chooses the tokens with a loss, `keep` is their share. `begin` names the run whose final weights this one starts from
+    (None: new ones), `reference` the run whose final model scored the tokens. A run with `scores` leaves its scores of the rows that
+    the runs of that stage train on. `text` is the side of the corpus. `continued` runs are the second stage.
+    """
+
+    rule: str = "all"
+    keep: float = 1.0
+    text: str = "train"
+    begin: str | None = None
+    reference: str | None = None
+    scores: str | None = None  # "first" or "second": the stage whose rows are scored
+
+    @property
+    def continued(self) -> bool:
+        return self.begin is not None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Runs of the same seed that must be finished before."""
+        return tuple(dict.fromkeys(name for name in (self.begin, self.reference) if name))
+
+
+VARIANTS = {
+    "reference": Variant(text="reference", scores="first"),
+    # Plain cross-entropy. It is its own (self-)reference, and the base model of the continued runs.
+    "ce": Variant(scores="first"),
+    **{f"slm_{k}": Variant("excess", k / 100, reference="reference") for k in (60, 40, 50, 70, 80, 90)},
+    "random_60": Variant("random", 0.6),
+    "oracle": Variant("oracle"),
+    "ref_loss_60": Variant("ref_loss", 0.6, reference="reference"),
+    "intersection_60": Variant("intersection", 0.6, reference="reference"),
+    "self_loss_60": Variant("ref_loss", 0.6, reference="ce"),
+    "self_intersection_60": Variant("intersection", 0.6, reference="ce"),
+    "continued_reference": Variant(text="reference", begin="ce", scores="second"),
+    "continued_ce": Variant(begin="ce"),
+    "continued_slm_60": Variant("excess", 0.6, begin="ce", reference="continued_reference"),
+    "continued_random_60": Variant("random", 0.6, begin="ce"),
+}
+SHOWN = "slm_60"  # the variant whose first seed is shown token by token
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One row of packed pieces with what is known about each of its targets."""
+
+    input_ids: Tensor  # (1, T) int64
+    cu_seqlens: Tensor  # (S+1,) int32
+    labels: Tensor  # (T,) int64: the token to predict, -100 at a document's end
+    kinds: Tensor  # (T,) int64: number in `KINDS` of the token to predict
+    document_kinds: Tensor  # (T,) int64: number in `DOCUMENT_KINDS`
+    positions: Tensor  # (T,) int64: in the piece
+
+    @property
+    def eligible(self) -> Tensor:
+        return self.labels != IGNORE_INDEX
+
+
+class Rows:
+    """Batches by number; of one seed the same for every variant."""
+
+    def __init__(self, side: Documents, sizes: Sizes, seed: int) -> None:
+        # The order depends on lengths and seed alone, so the three samplers give the same pieces.
+        cut = {"row_tokens": sizes.batch_tokens, "seq_len": sizes.seq_len, "seed": seed}
+        self._samplers = [PackedSampler(view, **cut) for view in _views(side)]
+
+    def batch(self, number: int) -> Batch:
+        """The batch at position `number`."""
+        return _batch([sampler.row(number) for sampler in self._samplers])
+
+
+def held_out(side: Documents, sizes: Sizes, max_tokens: int) -> list[Batch]:
+    """The fixed batches of an evaluation; whole documents, kinds of them mixed."""
+    cut = {"row_tokens": sizes.batch_tokens, "seq_len": sizes.seq_len}
+    rows = evaluation_rows(side, max_tokens=max_tokens, **cut)  # type: ignore[arg-type]
+    return [_batch([pack(view, pieces) for view in _views(side)]) for pieces in rows]
+
+
+def _views(side: Documents) -> Any:
+    return [side.giving(which) for which in ("tokens", "labels", "kinds")]
+
+
+def _batch(rows: list[PackedRow]) -> Batch:
+    tokens = rows[0]
+    borders = tokens.cu_seqlens.long()
+    positions = torch.arange(int(borders[-1])) - borders[:-1].repeat_interleave(borders.diff())
+    shifted = (row.shift_labels[0] for row in rows)
+    return Batch(tokens.input_ids, tokens.cu_seqlens, *shifted, positions)
+
+
+def token_losses(model: Any, batch: Batch, sizes: Sizes, *, entropy: bool = False) -> Any:
+    """Nats of every target `(T,)` float32, 0 where there is none; with `entropy` also that of each prediction.
+
+    Reference and trained model both go through here: pieces, arithmetic and rounding are the same.
+    """
+    with autocast(sizes.dtype):
+        hidden = model.model(batch.input_ids, cu_seqlens=batch.cu_seqlens)[0]
+        weight, bias = model.output_weight, model.output_bias
+        return ops.linear_nll(hidden, weight, batch.labels, bias, return_entropy=entropy)
+
+
+def score_of(
+    rule: str,
+    eligible: Tensor,
+    nll: Tensor,
+    ref: Tensor | None,
+    entropy: Tensor | None,
+    draw: torch.Generator,
+) -> Tensor:
+    """Scores `(T,)`, largest first, without gradient.
+
+    `excess`, `ref_loss` and `intersection` need the losses of a reference, the last also its entropies; `random` draws from `draw`.
+    """
+    if rule in {"all", "oracle"}:
+        return torch.zeros_like(nll, requires_grad=False)
+    if rule == "random":
+        return torch.rand(nll.shape, generator=draw)
+    assert ref is not None
+    if rule == "excess":
+        return nll.detach() - ref
+    if rule == "ref_loss":
+        return -ref
+    assert entropy is not None
+    return torch.minimum(_ranks(-ref, eligible), _ranks(-entropy, eligible))
+
+
+def _ranks(score: Tensor, eligible: Tensor) -> Tensor:
+    """Share of the eligible tokens that come after a token, in [0, 1); equal scores in order. Below 0 where not eligible."""
+    order = score.masked_fill(~eligible, float("-inf")).argsort(stable=True)
+    ranks = torch.empty(score.shape)
+    n = int(eligible.sum())
+    ranks[order] = (torch.arange(len(score), dtype=torch.float32) - (len(score) - n)) / max(1, n)
+    return ranks
+
+
+def chosen(variant: Variant, batch: Batch, score: Tensor) -> Tensor:
+    """The tokens with a loss, `(T,)` bool.
+
+    With `intersection` they are the tokens in both of two equally large sets, those with the smallest reference loss and those with
+    the smallest entropy, the sets being as large as it takes to have `keep` of the tokens in both: 1 minus the threshold.
+    """
+    if variant.rule == "oracle":
+        return batch.eligible & (batch.kinds == CLEAN)
+    return ops.select_tokens(score, batch.eligible, keep_ratio=variant.keep)
+
+
+class SelectionLog:
+    """What was selected since the last reading."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._counts = torch.zeros(2, len(DOCUMENT_KINDS), len(KINDS), dtype=torch.long)  # eligible, selected
+        self._buckets = torch.zeros(2, len(BUCKETS), dtype=torch.long)
+        self._loss = torch.zeros(2, dtype=torch.float64)  # of selected and unselected tokens, summed
+        self._score = torch.zeros(2, dtype=torch.float64)
+        self._thresholds: list[float] = []
+
+    def add(self, batch: Batch, mask: Tensor, nll: Tensor, score: Tensor) -> None:
+        """Count one step."""
+        eligible, nll, score = batch.eligible, nll.detach(), score.double()
+        for i, seen in enumerate((eligible, mask)):
+            index = (batch.document_kinds[seen], batch.kinds[seen])
+            self._counts[i].index_put_(index, torch.ones_like(index[0]), accumulate=True)
+            bucket = torch.bucketize(batch.positions[seen], torch.tensor(BUCKETS), right=True) - 1
+            self._buckets[i] += bucket.bincount(minlength=len(BUCKETS))
+        for i, seen in enumerate((mask, eligible & ~mask)):
+            self._loss[i] += nll[seen].double().sum()
+            self._score[i] += score[seen].sum()
+        if bool(mask.any()):
+            self._thresholds.append(float(score[mask].min()))
+
+    def read(self) -> dict[str, Any]:
+        """Figures since the last reading; starts anew.
+
+        `eligible` and `selected` are counts by kind of document and of token, rows of `DOCUMENT_KINDS` and columns of `KINDS`;
+        losses and scores are means per token.
+        """
+        selected = int(self._counts[1].sum())
+        both = (selected, int(self._counts[0].sum()) - selected)
+        loss = [_mean(float(total), n) for total, n in zip(self._loss, both, strict=True)]
+        score = [_mean(float(total), n) for total, n in zip(self._score, both, strict=True)]
+        found = {
+            "eligible": self._counts[0].tolist(),
+            "selected": self._counts[1].tolist(),
+            "positions": self._buckets.tolist(),
+            "train_loss": _mean(float(self._loss.sum()), sum(both)),
+            "selected_loss": loss[0],
+            "unselected_loss": loss[1],
+            "selected_score": score[0],
+            "unselected_score": score[1],
+            "threshold": _mean(sum(self._thresholds), len(self._thresholds)),
+        }
+        self._clear()
+        return found
+
+
+def _mean(total: float, n: int) -> float | None:
+    return round(total / n, 5) if n else None
+
+
+@torch.no_grad()
+def evaluate(model: Any, batches: list[Batch], sizes: Sizes, byte_counts: Tensor) -> dict[str, Any]:
+    """Loss on held-out batches: nats per token, bits per byte, and nats per token by kind."""
+    model.eval()
+    nats = torch.zeros(len(KINDS), dtype=torch.float64)
+    tokens = torch.zeros(len(KINDS), dtype=torch.float64)
+    num_bytes = 0
+    for batch in batches:
+        nll, seen = token_losses(model, batch, sizes), batch.eligible
+        nats.index_add_(0, batch.kinds[seen], nll[seen].double())
+        tokens += batch.kinds[seen].bincount(minlength=len(KINDS))
+        num_bytes += int(byte_counts[batch.labels[seen]].sum())
+    model.train()
+    total = float(nats.sum())
+    return {
+        "loss": round(total / float(tokens.sum()), 5),
+        "bits": round(total / math.log(2) / num_bytes, 5),
+        "tokens": int(tokens.sum()),
+        "by_kind": {
+            kind: round(float(nats[i] / tokens[i]), 4) for i, kind in enumerate(KINDS) if tokens[i] > 0
+        },
+    }
+
+
+def train(name: str, seed: int, sizes: Sizes, corpus: LabelledCorpus, work: Path) -> dict[str, Any]:
+    """One run: its record. Leaves its final weights and, where others need them, its scores in `work`."""
+    variant = VARIANTS[name]
+    begin = time.process_time()
+    model = new_model(sizes, corpus, seed)
+    if variant.begin:
+        model.load_state_dict(torch.load(weights_file(work, variant.begin, seed), weights_only=True))
+    scores = None
+    if variant.reference:
+        with np.load(scores_file(work, variant.reference, seed), allow_pickle=False) as stored:
+            scores = {key: torch.from_numpy(stored[key]) for key in stored.files}
+    steps = sizes.continual_steps if variant.continued else sizes.steps
+    peak = sizes.continual_lr if variant.continued else sizes.lr
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    # The second stage goes on where the first stopped reading.
+    first = sizes.steps if variant.continued and variant.text == "train" else 0
+    rows = Rows(corpus.sides[variant.text], sizes, seed)
+    byte_counts = torch.tensor([len(piece) for piece in corpus.spelling])
+    watched = {
+        "clean": held_out(corpus.sides["held-out"], sizes, sizes.eval_tokens),
+        "noise": held_out(corpus.sides["noise held-out"], sizes, sizes.noise_eval_tokens),
+    }
+    marks = {steps * (i + 1) // sizes.evaluations for i in range(sizes.evaluations)}
+    log, curve = SelectionLog(), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            warmup = min(sizes.warmup_steps, steps // 4)
+            group["lr"] = learning_rate(step, warmup, steps, peak=peak, min_ratio=0.1)
+        batch = rows.batch(first + step)
+        nll = token_losses(model, batch, sizes)
+        ref, entropy = (scores[key][step] for key in ("nll", "entropy")) if scores else (None, None)
+        draw = torch.Generator().manual_seed(seed + 1_000_003 * (step + 1))
+        score = score_of(variant.rule, batch.eligible, nll, ref, entropy, draw)
+        mask = chosen(variant, batch, score)
+        # The mean over the selected tokens: the gradient of the others is exactly 0.
+        loss = torch.where(mask, nll, 0).sum() / mask.sum().clamp_min(1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        log.add(batch, mask, nll, score)
+        if step + 1 in marks:
+            found = {side: evaluate(model, batches, sizes, byte_counts) for side, batches in watched.items()}
+            losses = {side: {key: values[key] for key in ("loss", "bits")} for side, values in found.items()}
+            curve.append({"step": step + 1, **losses, **log.read()})
+    record = {
+        "variant": name,
+        "seed": seed,
+        "parameters": model.num_parameters(),
+        "train_seconds": round(time.process_time() - begin, 1),
+        "curve": curve,
+        "final": {
+            "clean": _final(model, corpus, sizes, "held-out", sizes.final_eval_tokens),
+            "noise": _final(model, corpus, sizes, "noise held-out", sizes.final_noise_eval_tokens),
+        },
+    }
+    if name in KEPT:
+        save_weights(model, weights_file(work, name, seed))
+    if variant.scores:
+        number = sizes.steps if variant.scores == "first" else sizes.continual_steps
+        start = 0 if variant.scores == "first" else sizes.steps
+        write_scores(
+            model,
+            Rows(corpus.sides["train"], sizes, seed),
+            range(start, start + number),
+            sizes,
+            scores_file(work, name, seed),
+        )
+    record["cpu_seconds"] = round(time.process_time() - begin, 1)
+    return record
+
+
+# Runs whose final weights others begin from, score with, or show.
+KEPT = {name for variant in VARIANTS.values() for name in variant.needs} | {SHOWN}
+
+
+def _final(model: Any, corpus: LabelledCorpus, sizes: Sizes, side: str, max_tokens: int) -> dict[str, Any]:
+    byte_counts = torch.tensor([len(piece) for piece in corpus.spelling])
+    return evaluate(model, held_out(corpus.sides[side], sizes, max_tokens), sizes, byte_counts)
+
+
+def new_model(sizes: Sizes, corpus: LabelledCorpus, seed: int) -> Any:
+    """The model that all runs of a seed begin with."""
+    from fastlm.models import SambaForCausalLM
+
+    torch.manual_seed(seed)
+    return SambaForCausalLM(sizes.model(corpus.vocab_size)).train()
+
+
+def weights_file(work: Path, name: str, seed: int) -> Path:
+    """Final weights of a run."""
+    return work / f"{name}-{seed}.pt"
+
+
+def scores_file(work: Path, name: str, seed: int) -> Path:
+    """Losses and entropies that the final model of a run gives the training rows, `(steps, T)` float32 each."""
+    return work / f"{name}-{seed}-scores.npz"
+
+
+def artefacts(work: Path, name: str, seed: int) -> list[Path]:
+    """Files that a finished run has left."""
+    return [weights_file(work, name, seed)] * (name in KEPT) + [scores_file(work, name, seed)] * bool(
+        VARIANTS[name].scores
+    )
+
+
+def save_weights(model: Any, path: Path) -> None:
+    """All or nothing, as the scores."""
+    content = io.BytesIO()
+    torch.save(model.state_dict(), content)
+    write_bytes(path, content.getvalue())
+
+
+@torch.no_grad()
+def write_scores(model: Any, rows: Rows, numbers: range, sizes: Sizes, path: Path) -> None:
+    """Scores of the batches `numbers`."""
+    model.eval()
+    found = [token_losses(model, rows.batch(number), sizes, entropy=True) for number in numbers]
+    model.train()
+    content = io.BytesIO()
+    nll, entropy = (torch.stack(values).numpy() for values in zip(*found, strict=True))
+    np.savez(content, nll=nll, entropy=entropy)
+    write_bytes(path, content.getvalue())
+
+
+@torch.no_grad()
+def shown_documents(
+    corpus: LabelledCorpus, sizes: Sizes, work: Path, seed: int, most: int
+) -> list[dict[str, Any]]:
+    """Held-out documents token by token, the first `most` tokens of each: both models' losses and what `SHOWN` would select of all.
+
+    Every entry of `tokens` is (text, loss, reference loss, selected, kind). A letter of several tokens is written as its bytes.
+    """
+    variant, side = VARIANTS[SHOWN], corpus.sides["page"]
+    losses = []
+    batches = [
+        _batch(
+            [
+                pack(
+                    view,
+                    [
+                        (i, start, min(start + sizes.seq_len, int(length), most))
+                        for start in range(0, min(int(length), most), sizes.seq_len)
+                    ],
+                )
+                for view in _views(side)
+            ]
+        )
+        for i, length in enumerate(side.lengths)
+    ]
+    for name in (SHOWN, variant.reference):
+        model = new_model(sizes, corpus, seed)
+        model.load_state_dict(torch.load(weights_file(work, str(name), seed), weights_only=True))
+        model.eval()
+        losses.append(torch.cat([token_losses(model, batch, sizes) for batch in batches]))
+    labels, kinds = (torch.cat([getattr(batch, part) for batch in batches]) for part in ("labels", "kinds"))
+    mask = ops.select_tokens(losses[0] - losses[1], labels != IGNORE_INDEX, keep_ratio=variant.keep)
+    documents, at = [], 0
+    for i, batch in enumerate(batches):
+        here = range(at, at + len(batch.labels))
+        at = here.stop
+        documents.append(
+            {
+                "name": corpus.manifest["page"][i],
+                "kind": DOCUMENT_KINDS[int(side.document_kinds[i])],
+                "tokens": [
+                    [
+                        corpus.spelling[int(labels[t])].decode("utf-8", "backslashreplace"),
+                        round(float(losses[0][t]), 3),
+                        round(float(losses[1][t]), 3),
+                        int(mask[t]),
+                        int(kinds[t]),
+                    ]
+                    for t in here
+                    if int(labels[t]) != IGNORE_INDEX
+                ],
+            }
+        )
+    return documents
