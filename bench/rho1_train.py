@@ -1,4 +1,4 @@
-"""Runs of `bench.rho1`: reference models, the variants of which tokens have a loss, and what is counted while they train."""
+"""Runs of `bench.rho1`: what they share, training, evaluation, and what a run leaves for others."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from bench.rho1_corpus import DOCUMENT_KINDS, Documents, LabelledCorpus
-from bench.rho1_noise import CLEAN, KINDS
+from bench.rho1_noise import KINDS
+from bench.rho1_select import SHOWN, VARIANTS, Batch, SelectionLog, chosen, score_of
 from fastlm import ops
 from fastlm.training.atomic import write_bytes
 from fastlm.training.batches import IGNORE_INDEX, PackedRow, PackedSampler, evaluation_rows, pack
 from fastlm.training.evaluation import autocast
 from fastlm.training.schedule import learning_rate
-
-BUCKETS = (0, 1, 4, 16, 64)  # first positions in a piece; the state restarts at its beginning
 
 
 @dataclass(frozen=True)
@@ -60,67 +59,6 @@ class Sizes:
         )
         values = {name: getattr(self, name) for name in names}
         return SambaConfig(vocab_size=vocab_size, num_key_value_heads=self.num_attention_heads // 2, **values)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How one run is trained.
-
-    `rule` chooses the tokens with a loss, `keep` is their share. `begin` names the run whose final weights this one starts from
-    (None: new ones), `reference` the run whose final model scored the tokens. A run with `scores` leaves its scores of the rows that
-    the runs of that stage train on. `text` is the side of the corpus. `continued` runs are the second stage.
-    """
-
-    rule: str = "all"
-    keep: float = 1.0
-    text: str = "train"
-    begin: str | None = None
-    reference: str | None = None
-    scores: str | None = None  # "first" or "second": the stage whose rows are scored
-
-    @property
-    def continued(self) -> bool:
-        return self.begin is not None
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Runs of the same seed that must be finished before."""
-        return tuple(dict.fromkeys(name for name in (self.begin, self.reference) if name))
-
-
-VARIANTS = {
-    "reference": Variant(text="reference", scores="first"),
-    # Plain cross-entropy. It is its own (self-)reference, and the base model of the continued runs.
-    "ce": Variant(scores="first"),
-    **{f"slm_{k}": Variant("excess", k / 100, reference="reference") for k in (60, 40, 50, 70, 80, 90)},
-    "random_60": Variant("random", 0.6),
-    "oracle": Variant("oracle"),
-    "ref_loss_60": Variant("ref_loss", 0.6, reference="reference"),
-    "intersection_60": Variant("intersection", 0.6, reference="reference"),
-    "self_loss_60": Variant("ref_loss", 0.6, reference="ce"),
-    "self_intersection_60": Variant("intersection", 0.6, reference="ce"),
-    "continued_reference": Variant(text="reference", begin="ce", scores="second"),
-    "continued_ce": Variant(begin="ce"),
-    "continued_slm_60": Variant("excess", 0.6, begin="ce", reference="continued_reference"),
-    "continued_random_60": Variant("random", 0.6, begin="ce"),
-}
-SHOWN = "slm_60"  # the variant whose first seed is shown token by token
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One row of packed pieces with what is known about each of its targets."""
-
-    input_ids: Tensor  # (1, T) int64
-    cu_seqlens: Tensor  # (S+1,) int32
-    labels: Tensor  # (T,) int64: the token to predict, -100 at a document's end
-    kinds: Tensor  # (T,) int64: number in `KINDS` of the token to predict
-    document_kinds: Tensor  # (T,) int64: number in `DOCUMENT_KINDS`
-    positions: Tensor  # (T,) int64: in the piece
-
-    @property
-    def eligible(self) -> Tensor:
-        return self.labels != IGNORE_INDEX
 
 
 class Rows:
@@ -164,107 +102,6 @@ def token_losses(model: Any, batch: Batch, sizes: Sizes, *, entropy: bool = Fals
         hidden = model.model(batch.input_ids, cu_seqlens=batch.cu_seqlens)[0]
         weight, bias = model.output_weight, model.output_bias
         return ops.linear_nll(hidden, weight, batch.labels, bias, return_entropy=entropy)
-
-
-def score_of(
-    rule: str,
-    eligible: Tensor,
-    nll: Tensor,
-    ref: Tensor | None,
-    entropy: Tensor | None,
-    draw: torch.Generator,
-) -> Tensor:
-    """Scores `(T,)`, largest first, without gradient.
-
-    `excess`, `ref_loss` and `intersection` need the losses of a reference, the last also its entropies; `random` draws from `draw`.
-    """
-    if rule in {"all", "oracle"}:
-        return torch.zeros_like(nll, requires_grad=False)
-    if rule == "random":
-        return torch.rand(nll.shape, generator=draw)
-    assert ref is not None
-    if rule == "excess":
-        return nll.detach() - ref
-    if rule == "ref_loss":
-        return -ref
-    assert entropy is not None
-    return torch.minimum(_ranks(-ref, eligible), _ranks(-entropy, eligible))
-
-
-def _ranks(score: Tensor, eligible: Tensor) -> Tensor:
-    """Share of the eligible tokens that come after a token, in [0, 1); equal scores in order. Below 0 where not eligible."""
-    order = score.masked_fill(~eligible, float("-inf")).argsort(stable=True)
-    ranks = torch.empty(score.shape)
-    n = int(eligible.sum())
-    ranks[order] = (torch.arange(len(score), dtype=torch.float32) - (len(score) - n)) / max(1, n)
-    return ranks
-
-
-def chosen(variant: Variant, batch: Batch, score: Tensor) -> Tensor:
-    """The tokens with a loss, `(T,)` bool.
-
-    With `intersection` they are the tokens in both of two equally large sets, those with the smallest reference loss and those with
-    the smallest entropy, the sets being as large as it takes to have `keep` of the tokens in both: 1 minus the threshold.
-    """
-    if variant.rule == "oracle":
-        return batch.eligible & (batch.kinds == CLEAN)
-    return ops.select_tokens(score, batch.eligible, keep_ratio=variant.keep)
-
-
-class SelectionLog:
-    """What was selected since the last reading."""
-
-    def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
-        self._counts = torch.zeros(2, len(DOCUMENT_KINDS), len(KINDS), dtype=torch.long)  # eligible, selected
-        self._buckets = torch.zeros(2, len(BUCKETS), dtype=torch.long)
-        self._loss = torch.zeros(2, dtype=torch.float64)  # of selected and unselected tokens, summed
-        self._score = torch.zeros(2, dtype=torch.float64)
-        self._thresholds: list[float] = []
-
-    def add(self, batch: Batch, mask: Tensor, nll: Tensor, score: Tensor) -> None:
-        """Count one step."""
-        eligible, nll, score = batch.eligible, nll.detach(), score.double()
-        for i, seen in enumerate((eligible, mask)):
-            index = (batch.document_kinds[seen], batch.kinds[seen])
-            self._counts[i].index_put_(index, torch.ones_like(index[0]), accumulate=True)
-            bucket = torch.bucketize(batch.positions[seen], torch.tensor(BUCKETS), right=True) - 1
-            self._buckets[i] += bucket.bincount(minlength=len(BUCKETS))
-        for i, seen in enumerate((mask, eligible & ~mask)):
-            self._loss[i] += nll[seen].double().sum()
-            self._score[i] += score[seen].sum()
-        if bool(mask.any()):
-            self._thresholds.append(float(score[mask].min()))
-
-    def read(self) -> dict[str, Any]:
-        """Figures since the last reading; starts anew.
-
-        `eligible` and `selected` are counts by kind of document and of token, rows of `DOCUMENT_KINDS` and columns of `KINDS`;
-        losses and scores are means per token.
-        """
-        selected = int(self._counts[1].sum())
-        both = (selected, int(self._counts[0].sum()) - selected)
-        loss = [_mean(float(total), n) for total, n in zip(self._loss, both, strict=True)]
-        score = [_mean(float(total), n) for total, n in zip(self._score, both, strict=True)]
-        found = {
-            "eligible": self._counts[0].tolist(),
-            "selected": self._counts[1].tolist(),
-            "positions": self._buckets.tolist(),
-            "train_loss": _mean(float(self._loss.sum()), sum(both)),
-            "selected_loss": loss[0],
-            "unselected_loss": loss[1],
-            "selected_score": score[0],
-            "unselected_score": score[1],
-            "threshold": _mean(sum(self._thresholds), len(self._thresholds)),
-        }
-        self._clear()
-        return found
-
-
-def _mean(total: float, n: int) -> float | None:
-    return round(total / n, 5) if n else None
 
 
 @torch.no_grad()
@@ -336,7 +173,7 @@ def train(name: str, seed: int, sizes: Sizes, corpus: LabelledCorpus, work: Path
         log.add(batch, mask, nll, score)
         if step + 1 in marks:
             found = {side: evaluate(model, batches, sizes, byte_counts) for side, batches in watched.items()}
-            losses = {side: {key: values[key] for key in ("loss", "bits")} for side, values in found.items()}
+            losses = {f"{side}_{key}": found[side][key] for side in found for key in ("loss", "bits")}
             curve.append({"step": step + 1, **losses, **log.read()})
     record = {
         "variant": name,
@@ -424,7 +261,7 @@ def shown_documents(
 ) -> list[dict[str, Any]]:
     """Held-out documents token by token, the first `most` tokens of each: both models' losses and what `SHOWN` would select of all.
 
-    Every entry of `tokens` is (text, loss, reference loss, selected, kind). A letter of several tokens is written as its bytes.
+    Every entry of `tokens` is (its bytes, written as Latin-1; loss, reference loss, selected, kind).
     """
     variant, side = VARIANTS[SHOWN], corpus.sides["page"]
     losses = []
@@ -460,7 +297,7 @@ def shown_documents(
                 "kind": DOCUMENT_KINDS[int(side.document_kinds[i])],
                 "tokens": [
                     [
-                        corpus.spelling[int(labels[t])].decode("utf-8", "backslashreplace"),
+                        corpus.spelling[int(labels[t])].decode("latin-1"),
                         round(float(losses[0][t]), 3),
                         round(float(losses[1][t]), 3),
                         int(mask[t]),
