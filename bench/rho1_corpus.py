@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -131,7 +132,7 @@ def open_corpus(folder: Path, sizes: CorpusSizes) -> LabelledCorpus:
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise RunError(
             f"corpus: {folder} is missing or damaged ({error}); delete it and start again"
         ) from error

@@ -167,13 +167,14 @@ def selection(record: dict[str, Any], path: Path, variant: str = SHOWN) -> None:
                 )
         axes[0][1].set_yticks(range(len(bars)), names, fontsize=8)
         axes[0][1].invert_yaxis()
-        for place in range(len(BUCKETS)):
+        buckets = [bucket for bucket in BUCKETS if bucket < record["sizes"]["seq_len"]]
+        for place in range(len(buckets)):
             values = [rates(end, "position").get(str(place)) for end in ends.values()]
             mean, half = interval(values)
             axes[1][1].errorbar(place, mean, yerr=half, fmt="o", color="C0", capsize=4)
-        stops = [f"{stop - 1}" for stop in (*BUCKETS[1:], record["sizes"]["seq_len"])]
-        spans = [f"{a}" if str(a) == b else f"{a} to {b}" for a, b in zip(BUCKETS, stops, strict=True)]
-        axes[1][1].set_xticks(range(len(BUCKETS)), spans)
+        stops = [f"{stop - 1}" for stop in (*buckets[1:], record["sizes"]["seq_len"])]
+        spans = [f"{a}" if str(a) == b else f"{a} to {b}" for a, b in zip(buckets, stops, strict=True)]
+        axes[1][1].set_xticks(range(len(buckets)), spans)
         axes[0][0].legend(fontsize=7, ncol=2)
         axes[1][0].legend(fontsize=8)
     axes[0][0].axhline(keep, color="gray", ls=":", lw=1)

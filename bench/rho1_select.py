@@ -57,6 +57,8 @@ VARIANTS = {
     "continued_ce": Variant(begin="ce"),
     "continued_slm_60": Variant("excess", 0.6, begin="ce", reference="continued_reference"),
     "continued_random_60": Variant("random", 0.6, begin="ce"),
+    # What else could be done with the clean text: as many tokens as `continued_ce`, the first stage on the reference's text.
+    "reference_then_ce": Variant(begin="reference"),
 }
 SHOWN = "slm_60"  # the variant whose first seed is shown token by token
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.estimators_summary import by_seed, interval
 from bench.rho1_noise import CLEAN, KINDS, MIXED
+from bench.rho1_select import VARIANTS
 
 LABELS = {
     "ce": "plain cross-entropy",
@@ -24,6 +25,7 @@ LABELS = {
     "continued_slm_60": "continued: SLM, k = 0.6",
     "continued_random_60": "continued: random, k = 0.6",
     "continued_reference": "continued: (the reference itself)",
+    "reference_then_ce": "continued from the first reference: plain cross-entropy",
 }
 # Comparisons that do not involve plain cross-entropy, chosen before any run of the experiment.
 PAIRS = (
@@ -32,13 +34,14 @@ PAIRS = (
     ("slm_60", "ref_loss_60"),
     ("slm_60", "reference"),
     ("continued_slm_60", "continued_random_60"),
+    ("continued_slm_60", "reference_then_ce"),
 )
 BEGIN, END = "<!-- tables: written by python -m bench.rho1 plot -->", "<!-- end of tables -->"
 
 
 def base_of(variant: str) -> str:
     """The plain run that a variant is compared with."""
-    return "continued_ce" if variant.startswith("continued") else "ce"
+    return "continued_ce" if VARIANTS[variant].continued else "ce"
 
 
 def variants_of(record: dict[str, Any]) -> list[str]:
@@ -208,8 +211,7 @@ def _pair_table(record: dict[str, Any]) -> str:
 
 
 def _choosing(record: dict[str, Any]) -> list[str]:
-    plain = {"ce", "reference", "continued_ce", "continued_reference", "oracle"}
-    return [variant for variant in variants_of(record) if variant not in plain]
+    return [variant for variant in variants_of(record) if VARIANTS[variant].rule not in {"all", "oracle"}]
 
 
 def _rate_table(record: dict[str, Any]) -> str:

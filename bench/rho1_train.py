@@ -35,10 +35,10 @@ class Sizes:
     noise_eval_tokens: int = 4_096
     final_eval_tokens: int = 65_536
     final_noise_eval_tokens: int = 32_768
-    lr: float = 6e-3  # peak
+    lr: float = 3e-3  # peak; see docs/methods/rho1_experiment.md
     warmup_steps: int = 16
     continual_steps: int = 80
-    continual_lr: float = 2e-3
+    continual_lr: float = 1e-3
     hidden_size: int = 192
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
