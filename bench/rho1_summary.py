@@ -215,27 +215,26 @@ def _choosing(record: dict[str, Any]) -> list[str]:
 
 
 def _rate_table(record: dict[str, Any]) -> str:
-    """Rows: variants; columns: kinds of tokens."""
-    names = (*KINDS, "all noise", "clean in mixed", "noise in mixed")
+    """Rows: variants; columns: documents of one kind, the tokens of mixed documents, all tokens."""
+    names = (*KINDS, "mixed: clean", "mixed: noise", "all clean", "all noise")
     lines = [
         "| selected, last quarter of training | " + " | ".join(names) + " |",
         "|---|" + "--:|" * len(names),
     ]
     for variant in _choosing(record):
-        cells = []
         points = [last_quarter(found["curve"]) for found in by_seed(record["runs"], variant).values()]
-        tokens, mixed = ([rates(each, by) for each in points] for by in ("token", "mixed"))
-        for name in KINDS:
-            cells.append(_share([each[name] for each in tokens if name in each]))
-        cells.append(_share([noise_rate(each) for each in points]))
-        for name in ("clean", "noise"):
-            cells.append(_share([each[name] for each in mixed if name in each]))
+        documents, mixed, tokens = (
+            [rates(each, by) for each in points] for by in ("document", "mixed", "token")
+        )
+        cells = [_share(documents, kind) for kind in KINDS]
+        cells += [_share(mixed, name) for name in ("clean", "noise")]
+        cells += [_share(tokens, "clean"), _share([{"noise": noise_rate(each)} for each in points], "noise")]
         lines.append(_line(LABELS[variant], *cells))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _loss_table(record: dict[str, Any]) -> str:
-    """Losses of selected and other tokens at the first and the last evaluation."""
+    """Losses and scores of selected and of other tokens."""
     parts = ("selected_loss", "unselected_loss", "selected_score", "unselected_score", "threshold")
     lines = [
         "| training tokens, last quarter | loss of selected | of the others | score of selected | of the others | threshold |",
@@ -267,5 +266,6 @@ def _factor(mean: float, low: float, high: float) -> str:
     return f"{mean:.2f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
 
 
-def _share(values: list[float]) -> str:
+def _share(found: list[dict[str, float]], name: str) -> str:
+    values = [each[name] for each in found if name in each]
     return f"{statistics.fmean(values):.0%}" if values else ""

@@ -113,7 +113,7 @@ def test_tables_show_what_there_is():
     text = rho1_summary.tables(record)
     assert "| SLM, k = 0.6 | 2 | 4.4000 ± 6.3531 | -0.1000 ± 0.0000 | 2 of 2 |" in text
     assert "| SLM, k = 0.6 | random, k = 0.6 | -0.2000 ± 0.0000 | 2 of 2 |" in text
-    assert "| SLM, k = 0.6 | " + " | ".join(["60%"] * (N + 3)) + " |" in text
+    assert "| SLM, k = 0.6 | " + " | ".join(["60%"] * (N + 4)) + " |" in text
     assert "| SLM, k = 0.6 | 4.00 ± 0.00 | 6.00 ± 0.00 | 1.00 ± 0.00 | -1.00 ± 0.00 | 0.25 ± 0.00 |" in text
     assert "oracle" not in text
     alone = rho1_summary.tables(_record(_run("ce", 0, 4.0)))
