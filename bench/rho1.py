@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from bench.rho1_corpus import CorpusSizes, LabelledCorpus, build_corpus, open_corpus
+from bench.rho1_noise import MIXED
 from bench.rho1_select import SHOWN, VARIANTS
 from bench.rho1_train import Rows, Sizes, artefacts, new_model, shown_documents, token_losses, train
 from fastlm.training.atomic import write_bytes
@@ -33,7 +34,7 @@ from fastlm.training.errors import InputError, RunError
 
 JSON = Path("bench/results/rho1.json")
 PAGES = Path("docs/methods")
-SHOWN_TOKENS = 160  # of each document on the page
+SHOWN_TOKENS = {MIXED: 640, "": 112}  # of each document on the page, by kind
 
 Job = tuple[str, int]  # variant, seed
 Done = dict[Job, dict[str, Any]]
@@ -82,7 +83,8 @@ def finished(
     jobs: list[Job], submit: Callable[[Job], Future[Any]], processes: int
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Results as they come; a job starts when those it needs are finished and a process is free, the first in order first."""
-    waiting, running = list(jobs), {}
+    waiting = list(jobs)
+    running: dict[Future[Any], Job] = {}
     while waiting or running:
         unfinished = {*waiting, *running.values()}
         for key in list(waiting):

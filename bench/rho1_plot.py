@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def interval(values: list[float | None]) -> tuple[float, float]:
+def interval(values: Sequence[float | None]) -> tuple[float, float]:
     """Mean and half the width of its 95 % interval of the seeds that have a value; without any not a number."""
     there = [value for value in values if value is not None]
     return estimators_summary.interval(there) if there else (math.nan, math.nan)
@@ -49,7 +50,7 @@ def _millions(record: dict[str, Any], points: list[Any]) -> list[float]:
     return [point[0]["step"] * record["sizes"]["batch_tokens"] / 1e6 for point in points]
 
 
-def _band(axis: Any, x: list[float], values: list[list[float]], **style: Any) -> None:
+def _band(axis: Any, x: list[float], values: Sequence[Sequence[float | None]], **style: Any) -> None:
     """Mean over seeds with its 95 % interval."""
     both = [interval(found) for found in values]
     (line,) = axis.plot(x, [mean for mean, _ in both], lw=1.4, **style)

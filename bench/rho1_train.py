@@ -257,29 +257,20 @@ def write_scores(model: Any, rows: Rows, numbers: range, sizes: Sizes, path: Pat
 
 @torch.no_grad()
 def shown_documents(
-    corpus: LabelledCorpus, sizes: Sizes, work: Path, seed: int, most: int
+    corpus: LabelledCorpus, sizes: Sizes, work: Path, seed: int, most: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Held-out documents token by token, the first `most` tokens of each: both models' losses and what `SHOWN` would select of all.
+    """Held-out documents token by token: both models' losses and which tokens `SHOWN` would select of all.
 
-    Every entry of `tokens` is (its bytes, written as Latin-1; loss, reference loss, selected, kind).
+    `most` are tokens by kind of document, that of `""` for all others. Every entry of `tokens` is (its bytes, written as Latin-1;
+    loss, reference loss, selected, kind).
     """
     variant, side = VARIANTS[SHOWN], corpus.sides["page"]
-    losses = []
-    batches = [
-        _batch(
-            [
-                pack(
-                    view,
-                    [
-                        (i, start, min(start + sizes.seq_len, int(length), most))
-                        for start in range(0, min(int(length), most), sizes.seq_len)
-                    ],
-                )
-                for view in _views(side)
-            ]
-        )
-        for i, length in enumerate(side.lengths)
-    ]
+    kinds_of = [DOCUMENT_KINDS[kind] for kind in side.document_kinds]
+    batches, losses = [], []
+    for i, (kind, length) in enumerate(zip(kinds_of, side.lengths.tolist(), strict=True)):
+        end = min(length, most.get(kind, most[""]))
+        pieces = [(i, start, min(start + sizes.seq_len, end)) for start in range(0, end, sizes.seq_len)]
+        batches.append(_batch([pack(view, pieces) for view in _views(side)]))
     for name in (SHOWN, variant.reference):
         model = new_model(sizes, corpus, seed)
         model.load_state_dict(torch.load(weights_file(work, str(name), seed), weights_only=True))
@@ -294,7 +285,7 @@ def shown_documents(
         documents.append(
             {
                 "name": corpus.manifest["page"][i],
-                "kind": DOCUMENT_KINDS[int(side.document_kinds[i])],
+                "kind": kinds_of[i],
                 "tokens": [
                     [
                         corpus.spelling[int(labels[t])].decode("latin-1"),

@@ -247,6 +247,22 @@ def test_held_out_text_is_evaluated_in_order_and_no_further(corpus):
     assert all((batch.kinds[batch.eligible] == CLEAN).all() for batch in batches)
 
 
+def test_shown_documents_are_held_out_text_with_the_share_of_slm(record, corpus):
+    (shown,) = (found["documents"] for found in record["runs"] if "documents" in found)
+    assert [document["name"] for document in shown] == corpus.manifest["page"]
+    side, entries = corpus.sides["page"], []
+    for i, document in enumerate(shown):
+        tokens = side.tokens(i, 0, 10**6)[1:]
+        spelled = b"".join(entry[0].encode("latin-1") for entry in document["tokens"])
+        assert spelled == b"".join(corpus.spelling[token] for token in tokens[: len(document["tokens"])])
+        kinds = side.giving("labels").tokens(i, 1, 10**6)
+        assert [entry[4] for entry in document["tokens"]] == kinds[: len(document["tokens"])].tolist()
+        entries += document["tokens"]
+    chosen, others = ([e[1] - e[2] for e in entries if e[3] == mark] for mark in (1, 0))
+    assert len(chosen) == math.floor(0.6 * len(entries) + 0.5)
+    assert min(chosen) >= max(others) - 2e-3  # rounded to three digits
+
+
 def test_a_killed_experiment_goes_on(work, record, monkeypatch):
     path = work / "out.json"
     whole = path.read_text()
