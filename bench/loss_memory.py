@@ -88,7 +88,7 @@ def plot(rows: list[dict[str, int | str]], vocab: int, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4))
+    figure, axis = pyplot.subplots(figsize=(9, 4))
     for contender in MOST_TOKENS:
         points = [
             (row["tokens"], int(row["extra_bytes"]) / 2**20) for row in rows if row["contender"] == contender
@@ -101,7 +101,7 @@ def plot(rows: list[dict[str, int | str]], vocab: int, path: Path) -> None:
     axis.set_xticks(tokens, [str(n) for n in tokens])
     axis.minorticks_off()
     axis.set_title(f"h = {HIDDEN}, vocabulary {vocab:,}, bfloat16, forward and backward", fontsize=10)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
