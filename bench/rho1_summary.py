@@ -27,7 +27,7 @@ LABELS = {
     "continued_reference": "continued: (the reference itself)",
     "reference_then_ce": "continued from the first reference: plain cross-entropy",
 }
-# Comparisons that do not involve plain cross-entropy, chosen before any run of the experiment.
+# Comparisons that do not involve plain cross-entropy, chosen before the experiment, after trials with one seed.
 PAIRS = (
     ("slm_60", "random_60"),
     ("slm_60", "oracle"),
