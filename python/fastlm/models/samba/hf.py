@@ -27,7 +27,7 @@ try:
         PreTrainedConfig,
         PreTrainedModel,
     )
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 except ImportError as error:
     raise ImportError(
         f"fastlm.models.samba.hf needs transformers 5: pip install 'fastlm[hf]' ({error})"
@@ -72,6 +72,7 @@ class FastlmSambaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True  # the cache cannot be cropped
+    loss_is_fused = True  # read by fastlm.methods.rho1.patch_loss: there is nothing to improve
     _no_split_modules = ("SambaBlock",)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (read by transformers)
 
@@ -111,23 +112,28 @@ class FastlmSambaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **_ignored: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """Hidden states, then loss or logits; arguments as in transformers, labels are shifted inside.
 
         Without labels logits are returned; with labels the loss alone, since the logits would take most of
-        the memory.
+        the memory. In training a model with experts also returns `aux_loss`, without its coefficient.
         """
         if use_cache and past_key_values is None:
             past_key_values = self._new_cache(input_ids.shape[0])
-        routing: list[Routing] | None = [] if labels is not None and self.training else None
+        routing: list[Routing] | None = [] if self.config.num_experts and self.training else None
         hidden = self._hidden(input_ids, attention_mask, past_key_values, routing)
+        output: dict[str, Any] = {"past_key_values": past_key_values}
         if labels is not None:
-            loss = self._loss(hidden, labels, attention_mask, num_items_in_batch)
-            if routing:
-                loss = loss + auxiliary_loss(routing, self.config.router_aux_loss_coef)
-            return CausalLMOutputWithPast(loss=loss, past_key_values=past_key_values)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, kept]), past_key_values=past_key_values)
+            output["loss"] = self._loss(hidden, labels, attention_mask, num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output["logits"] = self.lm_head(hidden[:, kept])
+        if not routing:
+            return CausalLMOutputWithPast(**output)
+        output["aux_loss"] = auxiliary_loss(routing, 1.0)
+        if labels is not None:
+            output["loss"] = output["loss"] + self.config.router_aux_loss_coef * output["aux_loss"]
+        return MoeCausalLMOutputWithPast(**output)
 
     def _hidden(
         self,
