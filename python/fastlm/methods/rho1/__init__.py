@@ -1,0 +1,26 @@
+"""Rho-1: selective language modelling. Training on the tokens whose loss exceeds that of a reference model the most.
+
+Importing this needs torch alone; `Trainer` needs the extra `fastlm[hf]`, pictures of token dynamics the extra `fastlm[report]`.
+
+Source: Lin et al., Rho-1: Not All Tokens Are What You Need, arXiv 2404.07965.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastlm.methods.rho1.collator import Collator
+from fastlm.methods.rho1.patch import patch_loss, unpatch_loss
+
+if TYPE_CHECKING:
+    from fastlm.methods.rho1.trainer import Trainer
+
+__all__ = ["Collator", "Trainer", "patch_loss", "unpatch_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Trainer":  # transformers is imported when it is asked for
+        from fastlm.methods.rho1.trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
