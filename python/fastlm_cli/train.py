@@ -123,6 +123,9 @@ def train(
         float | None, typer.Option(help="Minutes between checkpoints.", show_default="5.0")
     ] = None,
     checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides.")] = None,
+    keep_checkpoints: Annotated[
+        int | None, typer.Option(help="Newest checkpoints to keep, 0 for all.", show_default="2")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
     config: Annotated[
         Path | None, typer.Option(help="File of settings (.json, .toml, or a run.json); flags win.")

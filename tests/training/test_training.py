@@ -14,6 +14,7 @@ import fastlm
 from fastlm.models.samba import SambaForCausalLM
 from fastlm.training import InputError, RunError, RunRecord, load_record, resume, train, trainer
 from fastlm.training.batches import IGNORE_INDEX, PackedSampler, pack
+from fastlm.training.checkpoint import CheckpointFolder
 from fastlm.training.data import open_data
 from fastlm.training.evaluation import evaluate, held_out_rows, held_out_text, row_loss
 from fastlm.training.log import RunLog
@@ -261,3 +262,12 @@ def test_a_row_without_targets_is_no_division_by_zero(tmp_path: Path) -> None:
 
     store = make_store(tmp_path, [2, 2])
     assert pack(store, [(0, 1, 2), (1, 1, 2)]).num_targets == 0
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [4, 8, 12, 14]), (1, [14]), (3, [8, 12, 14])])
+def test_as_many_checkpoints_stay_as_asked_for(keep, left, text: Path, tmp_path: Path) -> None:
+    train(small_config(text, keep_checkpoints=keep), tmp_path / "run")
+    assert CheckpointFolder(tmp_path / "run").steps() == left

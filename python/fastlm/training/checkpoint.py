@@ -7,7 +7,8 @@ absent.
         RNG state state.json                          position, schedule, and size and digest of the other
         files
 
-The newest two are kept; an older one is deleted only after the new one is on the disk. No pickle anywhere.
+The newest two are kept (`keep_checkpoints`); an older one is deleted only after the new one is on the disk. No
+pickle anywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from fastlm.models.samba import SambaForCausalLM
 
 FORMAT = "fastlm-checkpoint-1"
-KEPT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -47,10 +47,10 @@ class Position:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; `save` leaves the newest `keep`, or all with 0."""
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
+    def __init__(self, run: Path, *, keep: int = 2) -> None:
+        self.run, self.keep = run, keep
         self.path = run / "checkpoints"
 
     def steps(self) -> list[int]:
@@ -94,7 +94,7 @@ class CheckpointFolder:
                 f"checkpoint: could not write step {position.step} to {self.path}: {reason(error)}; {safe}. "
                 f"Make room, then: fastlm train samba --out {self.run} --resume"
             ) from error
-        for step in self.steps()[:-KEPT]:
+        for step in self.steps()[: -self.keep]:  # none with 0
             shutil.rmtree(self.folder(step), ignore_errors=True)
         return target
 

@@ -79,6 +79,7 @@ class TrainConfig(BaseModel):
     checkpoint_steps: int | None = Field(
         None, gt=0, description="steps between checkpoints, besides the time"
     )
+    keep_checkpoints: int = Field(2, ge=0, description="newest checkpoints that are kept; 0: all")
     threads: int | None = Field(None, gt=0, le=4096, description="CPU threads; default: torch's choice")
 
     @field_validator("data")

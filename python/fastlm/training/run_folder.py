@@ -1,7 +1,7 @@
 """The folder of a run: made once, owned by one process at a time, opened again by `--resume`.
 
 run.json        the record              log.jsonl       one line per step and evaluation
-data/           tokenizer and tokens    checkpoints/    the newest two
+data/           tokenizer and tokens    checkpoints/    the newest (two)
 model/          the finished model with its tokenizer
 """
 

@@ -151,7 +151,7 @@ class Trainer:
         self.out, self.record, self.reporter = out, record, reporter
         self.config = record.config
         self.log = RunLog(out)
-        self.checkpoints = CheckpointFolder(out)
+        self.checkpoints = CheckpointFolder(out, keep=self.config.keep_checkpoints)
         self.checkpoints.clean()
         self.schedule = Schedule(**record.schedule) if record.schedule else None
         if self.schedule is None and self.config.steps is not None:
