@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastlm.methods.rho1.collator import Collator
+from fastlm.methods.rho1.page import TokenDocument, write_token_page
 from fastlm.methods.rho1.patch import patch_loss, unpatch_loss
 
 if TYPE_CHECKING:
     from fastlm.methods.rho1.trainer import Trainer
 
-__all__ = ["Collator", "Trainer", "patch_loss", "unpatch_loss"]
+__all__ = ["Collator", "TokenDocument", "Trainer", "patch_loss", "unpatch_loss", "write_token_page"]
 
 
 def __getattr__(name: str) -> Any:
