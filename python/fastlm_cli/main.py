@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastlm_cli import bench, demo, doctor, generate, train
+from fastlm_cli import bench, demo, doctor, dynamics, generate, train
 from fastlm_cli.errors import explain
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.command("bench", context_settings=bench.PASS_THROUGH, add_help_option=False)(bench.bench)
 app.command("demo")(demo.demo)
+app.command("dynamics")(dynamics.dynamics)
 
 
 def _show_version(asked: bool) -> None:

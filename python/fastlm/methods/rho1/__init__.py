@@ -10,13 +10,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastlm.methods.rho1.collator import Collator
+from fastlm.methods.rho1.dynamics import TokenDynamics, token_dynamics
 from fastlm.methods.rho1.page import TokenDocument, write_token_page
 from fastlm.methods.rho1.patch import patch_loss, unpatch_loss
 
 if TYPE_CHECKING:
     from fastlm.methods.rho1.trainer import Trainer
 
-__all__ = ["Collator", "TokenDocument", "Trainer", "patch_loss", "unpatch_loss", "write_token_page"]
+__all__ = [
+    "Collator",
+    "TokenDocument",
+    "TokenDynamics",
+    "Trainer",
+    "patch_loss",
+    "token_dynamics",
+    "unpatch_loss",
+    "write_token_page",
+]
 
 
 def __getattr__(name: str) -> Any:
