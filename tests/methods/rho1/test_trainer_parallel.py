@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 from pathlib import Path
@@ -43,6 +44,7 @@ def work(rank: int, port: int, scope: str, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(60, exit=True)  # a hang ends here, and says where
     from tests.methods.rho1.test_trainer import Keeping, arguments, rows_of
 
     class InOrder(rho1.Trainer):
@@ -68,7 +70,9 @@ def work(rank: int, port: int, scope: str, folder: Path) -> None:
     assert trainer.args.world_size == 2
     trainer.train()
     torch.save((keeping.steps, trainer.state.log_history), folder / f"rank-{rank}.pt")
+    torch.distributed.barrier()  # nobody leaves while the other still listens
     torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def in_two_processes(scope: str, folder: Path):
