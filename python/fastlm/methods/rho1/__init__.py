@@ -13,17 +13,23 @@ from fastlm.methods.rho1.collator import Collator
 from fastlm.methods.rho1.dynamics import TokenDynamics, token_dynamics
 from fastlm.methods.rho1.page import TokenDocument, write_token_page
 from fastlm.methods.rho1.patch import patch_loss, unpatch_loss
+from fastlm.methods.rho1.score_files import tokenizer_digest
+from fastlm.methods.rho1.store import ScoreStore, document_key, open_scores
 
 if TYPE_CHECKING:
     from fastlm.methods.rho1.trainer import Trainer
 
 __all__ = [
     "Collator",
+    "ScoreStore",
     "TokenDocument",
     "TokenDynamics",
     "Trainer",
+    "document_key",
+    "open_scores",
     "patch_loss",
     "token_dynamics",
+    "tokenizer_digest",
     "unpatch_loss",
     "write_token_page",
 ]
