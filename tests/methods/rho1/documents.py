@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
-import types
-from typing import Any
-
 import numpy as np
 
 VOCABULARY = 61
@@ -21,27 +16,11 @@ def documents(count: int, seed: int = 0, low: int = 5, high: int = 14) -> list[l
 class FakeStore:
     """The interface of `ScoreStore` over a dictionary."""
 
-    def __init__(self, scores: dict[str, np.ndarray]) -> None:
-        self.scores = scores
+    def __init__(self, scores: dict[str, np.ndarray], context: int | None = None) -> None:
+        self.scores, self.context = scores, context
 
     def __contains__(self, key: str) -> bool:
         return key in self.scores
 
     def nll(self, key: str, start: int, stop: int) -> np.ndarray:
         return self.scores[key][start:stop]
-
-
-def document_key(tokens: Any) -> str:
-    return hashlib.blake2b(np.asarray(tokens).astype("<i4").tobytes(), digest_size=16).hexdigest()
-
-
-def provide_store() -> None:
-    try:
-        import fastlm.methods.rho1.store  # noqa: F401
-    except ModuleNotFoundError:
-        module = types.ModuleType("fastlm.methods.rho1.store")
-        module.document_key = document_key
-        sys.modules["fastlm.methods.rho1.store"] = module
-
-
-provide_store()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlm import ops
 from fastlm.methods.rho1.head import next_tokens
-from tests.methods.rho1.documents import VOCABULARY, FakeStore, document_key
+from fastlm.methods.rho1.store import document_key
+from tests.methods.rho1.documents import VOCABULARY, FakeStore
 
 transformers = pytest.importorskip("transformers", minversion="5.24", reason="needs the extra fastlm[hf]")
 pytest.importorskip("accelerate", reason="needs the extra fastlm[hf]")
@@ -121,13 +121,3 @@ def masked_labels(model: Any, batch: dict[str, Tensor], keep_ratio: float) -> Te
     labels = torch.full_like(batch["input_ids"].flatten(), -100)
     labels[chosen + 1] = batch["input_ids"].flatten()[chosen + 1]  # the label stands one place later
     return labels.view_as(batch["input_ids"])
-
-
-def provide_slm_loss() -> None:
-    if not callable(getattr(ops, "slm_loss", None)):
-        from tests.methods.rho1.slm_stand_in import slm_loss
-
-        ops.slm_loss = slm_loss
-
-
-provide_slm_loss()

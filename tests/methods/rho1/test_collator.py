@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fastlm.methods import rho1
+from fastlm.methods.rho1 import document_key
 from fastlm.training import InputError
-from tests.methods.rho1.documents import FakeStore, document_key
+from tests.methods.rho1.documents import FakeStore
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12]]
 
@@ -43,6 +44,16 @@ def test_cutting_comes_after_the_document_was_found(store):
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 0, 0, 0, 0]]
     assert batch["ref_nll"][0, :3].tolist() == [106, 107, 108]
     assert batch["ref_nll"][0, 3:].isnan().all()  # the token after the cut is not in the batch
+
+
+def test_a_row_longer_than_the_references_context_is_refused(store):
+    store.context = 4
+    with pytest.raises(
+        InputError, match=r"rows of at most 4 tokens.*, got a row of 5; cut rows with max_length=4"
+    ):
+        rho1.Collator(store, pad_token_id=0)([{"input_ids": ROWS[0]}])
+    batch = rho1.Collator(store, pad_token_id=0, max_length=4)([{"input_ids": ROWS[0]}])
+    assert batch["ref_nll"].isfinite().sum() == 3
 
 
 def test_labels_of_ones_own_and_padding_of_a_tokenizer(store):
@@ -97,6 +108,7 @@ import sys
 for name in ("transformers", "accelerate", "matplotlib"):
     sys.modules[name] = None
 from fastlm.methods import rho1
+from fastlm.methods.rho1 import document_key
 rho1.Collator(pad_token_id=0)
 try:
     rho1.Trainer

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastlm.methods.rho1.store import ScoreStore, document_key, open_scores
 from fastlm.training.errors import InputError
-
-if TYPE_CHECKING:
-    from fastlm.methods.rho1.store import ScoreStore
 
 
 class Collator:
@@ -40,7 +38,8 @@ class Collator:
           `input_ids[b, i + 1]`. NaN in a row's last position and in padding: never eligible. Only with a store.
 
     Raises:
-        InputError: a document that is not in the store, a row of fewer than one token, labels of another length.
+        InputError: a document that is not in the store, a row of fewer than one token, labels of another length, a row longer than
+            the context that the reference model saw.
     """
 
     def __init__(
@@ -57,9 +56,7 @@ class Collator:
         if pad_to_multiple_of < 1:
             raise InputError(f"Collator: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
         if isinstance(store, str | Path):
-            from fastlm.methods.rho1.store import open_scores
-
-            store = open_scores(Path(store))
+            store = open_scores(store)
         self.store: ScoreStore | None = store
         self.pad_token_id, self.label_pad = pad_token_id, label_pad
         self.max_length, self.pad_to_multiple_of = max_length, pad_to_multiple_of
@@ -102,13 +99,17 @@ class Collator:
         if len(ids) == 0:
             raise InputError("Collator: input_ids must have at least one token, got none")
         kept = len(ids) if self.max_length is None else min(len(ids), self.max_length)
+        context = None if self.store is None else self.store.context
+        if context is not None and kept > context:
+            raise InputError(
+                f"Collator: expected rows of at most {context} tokens, since the reference model started anew every {context}, got a "
+                f"row of {kept}; cut rows with max_length={context}, or score whole documents"
+            )
         return _Row(ids[:kept], labels[:kept], self._scores(ids, kept))
 
     def _scores(self, ids: Any, kept: int) -> Any:
         if self.store is None:
             return None
-        from fastlm.methods.rho1.store import document_key
-
         if kept < 2:
             return np.empty(0, np.float32)
         key = document_key(ids)

@@ -253,10 +253,14 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]  # untyped base
             found, tied = self._selection_log.flush(self._total)
             logs = {**logs, **found}
             if tied and self.is_world_process_zero():
+                way_out = (
+                    "; of equal tokens the first in the batch are kept, consider tie_break='random'"
+                    if self.tie_break == "index"
+                    else ""
+                )
                 warnings.warn(
                     "rho1.Trainer: more than 10 % of the eligible tokens have the very score at which the selection "
-                    "ends, as when model and reference are the same; tie_break='index' then keeps the first tokens of "
-                    "a batch, consider tie_break='random'",
+                    f"ends, as when model and reference are the same{way_out}",
                     stacklevel=2,
                 )
         super().log(logs, *args, **kwargs)
