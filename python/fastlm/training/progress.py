@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+RATE_REPORTS = 32  # the speed of other work is a mean over so many reports
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -32,6 +34,40 @@ class StepReport:
     seconds_left: float | None
 
 
+@dataclass(frozen=True)
+class WorkReport:
+    """How far a long piece of work is whose amount is known."""
+
+    done: int
+    total: int
+    unit: str  # plural: "tokens"
+    per_second: float  # mean over the last reports
+    seconds_left: float
+
+
+class WorkRate:
+    """Makes reports of work that comes in portions.
+
+    Args:
+        total: amount of work.
+        done: what was done before, and does not count for the speed.
+        unit: plural.
+    """
+
+    def __init__(self, total: int, done: int, unit: str) -> None:
+        self.total, self.done, self.unit = total, done, unit
+        self._times: deque[tuple[float, int]] = deque([(time.monotonic(), done)], maxlen=RATE_REPORTS)
+
+    def advanced(self, amount: int) -> WorkReport:
+        """The state after another `amount`."""
+        self.done = min(self.total, self.done + amount)
+        self._times.append((time.monotonic(), self.done))
+        (began, before), (now, after) = self._times[0], self._times[-1]
+        speed = (after - before) / max(1e-9, now - began)
+        left = (self.total - self.done) / max(1e-9, speed)
+        return WorkReport(self.done, self.total, self.unit, speed, left)
+
+
 class Reporter(Protocol):
     """Receives what happens; `trainer` knows nothing about terminals."""
 
@@ -40,6 +76,8 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None: ...
 
     def step(self, report: StepReport) -> None: ...
+
+    def work(self, report: WorkReport) -> None: ...
 
     def evaluation(self, step: int, bits_per_byte: float) -> None: ...
 
@@ -59,6 +97,9 @@ class QuietReporter:
         self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
     def step(self, report: StepReport) -> None:
+        pass
+
+    def work(self, report: WorkReport) -> None:
         pass
 
     def evaluation(self, step: int, bits_per_byte: float) -> None:
@@ -89,6 +130,12 @@ class PlainReporter(QuietReporter):
         self._last = time.monotonic()
         self._line(describe(report, self._held_out))
 
+    def work(self, report: WorkReport) -> None:
+        if time.monotonic() - self._last < self.seconds and report.done != report.total:
+            return
+        self._last = time.monotonic()
+        self._line(describe_work(report))
+
     def evaluation(self, step: int, bits_per_byte: float) -> None:
         self._held_out = bits_per_byte
 
@@ -106,7 +153,13 @@ class LiveReporter(QuietReporter):
 
     def step(self, report: StepReport) -> None:
         bar = ProgressBar(total=report.total_steps, completed=report.step, pulse=report.total_steps is None)
-        facts = Text(describe(report, self._held_out), no_wrap=True, overflow="ellipsis")
+        self._show(bar, describe(report, self._held_out))
+
+    def work(self, report: WorkReport) -> None:
+        self._show(ProgressBar(total=report.total, completed=report.done), describe_work(report))
+
+    def _show(self, bar: ProgressBar, text: str) -> None:
+        facts = Text(text, no_wrap=True, overflow="ellipsis")
         if self._live is None:
             self._live = Live(console=self.console, refresh_per_second=5)
             self._live.start()
@@ -136,9 +189,23 @@ def describe(report: StepReport, held_out: float | None) -> str:
     if held_out is not None:
         parts.append(f"held-out {held_out:.2f}")
     if report.seconds_left is not None:
-        minutes, seconds = divmod(int(report.seconds_left + 0.5), 60)
-        parts.append(f"{minutes}:{seconds:02d} left")
+        parts.append(_time_left(report.seconds_left))
     return " · ".join(parts)
+
+
+def describe_work(report: WorkReport) -> str:
+    """The facts beside the bar on one line."""
+    parts = [
+        f"{report.done:,} of {report.total:,} {report.unit}",
+        f"{report.per_second:,.0f} {report.unit}/s",
+        _time_left(report.seconds_left),
+    ]
+    return " · ".join(parts)
+
+
+def _time_left(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes}:{seconds:02d} left"
 
 
 def make_reporter(*, quiet: bool = False) -> Reporter:

@@ -14,6 +14,7 @@ from fastlm.methods.rho1.dynamics import TokenDynamics, token_dynamics
 from fastlm.methods.rho1.page import TokenDocument, write_token_page
 from fastlm.methods.rho1.patch import patch_loss, unpatch_loss
 from fastlm.methods.rho1.score_files import tokenizer_digest
+from fastlm.methods.rho1.scoring import ScoringStoppedError, score
 from fastlm.methods.rho1.store import ScoreStore, document_key, open_scores
 
 if TYPE_CHECKING:
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Collator",
     "ScoreStore",
+    "ScoringStoppedError",
     "TokenDocument",
     "TokenDynamics",
     "Trainer",
     "document_key",
     "open_scores",
     "patch_loss",
+    "score",
     "token_dynamics",
     "tokenizer_digest",
     "unpatch_loss",

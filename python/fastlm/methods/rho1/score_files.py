@@ -35,7 +35,7 @@ from fastlm.training.errors import InputError
 FORMAT: Literal["fastlm-scores-1"] = "fastlm-scores-1"
 MANIFEST, DOCUMENTS, TOKENIZER = "manifest.json", "documents.safetensors", "tokenizer.json"
 KEY_BYTES = 16
-_DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, Any] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 Values = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
@@ -277,14 +277,15 @@ class TensorFile:
         dtype, shape, offset = self.tensors[name]
         if 0 in shape:  # nothing can be mapped
             return np.empty(shape, _DTYPES[dtype])
-        return np.memmap(self.path, _DTYPES[dtype], "r", offset, shape)
+        mapped: npt.NDArray[Any] = np.memmap(self.path, _DTYPES[dtype], "r", offset, shape)
+        return mapped
 
 
 def part_metadata(manifest: Manifest, number: int, tensors: dict[str, Values]) -> dict[str, str]:
     """What a part says of itself."""
     content = hashlib.sha256()
     for tensor in tensors.values():
-        content.update(np.ascontiguousarray(tensor))
+        content.update(np.ascontiguousarray(tensor).data)
     return {
         "format": FORMAT,
         "part": str(number),
@@ -331,7 +332,7 @@ def check_content(file: TensorFile) -> None:
     """
     content = hashlib.sha256()
     for name in file.tensors:
-        content.update(np.ascontiguousarray(file.map(name)))
+        content.update(np.ascontiguousarray(file.map(name)).data)
     if content.hexdigest() != file.metadata.get("sha256"):
         raise ValueError(
             f"its content changed: expected sha256 {file.metadata.get('sha256')}, found {content.hexdigest()}"
