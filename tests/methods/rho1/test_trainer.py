@@ -194,6 +194,28 @@ def test_a_model_of_experts_keeps_its_auxiliary_loss(tmp_path):
         assert log[0]["loss"] > log[0]["full_loss"] + 0.1  # the auxiliary loss is in it
 
 
+def test_the_auxiliary_loss_is_a_mean_over_micro_batches(tmp_path):
+    rows = documents(4, low=6, high=12)
+    size = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    (found,), _ = run(
+        make_model("mixtral"), InOrder(rows), tmp_path, store=scored(rows), keep_ratio=1.0, **size
+    )
+    model, total = make_model("mixtral"), torch.zeros(())
+    for part in (rows[:2], rows[2:]):
+        batch = rho1.Collator(None, pad_token_id=PAD)(rows_of(part))
+        output = model(**batch, num_items_in_batch=sum(len(row) - 1 for row in rows))
+        total = total + output.loss - model.router_aux_loss_coef * output.aux_loss / 2
+    total.backward()
+    assert_same_gradients(found, gradients(model))
+
+
+def test_outside_of_the_trainer_the_model_is_as_it_was(tmp_path):
+    model = make_model("llama")
+    rho1.Trainer(model, arguments(tmp_path))
+    ids = torch.tensor(documents(1))
+    assert model(input_ids=ids, labels=ids).logits is not None
+
+
 # The batch
 
 
