@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastlm_cli import bench, demo, doctor, dynamics, generate, train
+from fastlm_cli import bench, demo, doctor, dynamics, generate, score, train
 from fastlm_cli.errors import explain
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     epilog="Any command takes --traceback, which shows where an error came from.",
 )
 app.command("train", epilog=train.EPILOG)(train.train)
+app.command("score", epilog=score.EPILOG)(score.score)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)
 app.command("bench", context_settings=bench.PASS_THROUGH, add_help_option=False)(bench.bench)

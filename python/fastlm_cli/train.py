@@ -30,6 +30,20 @@ class Dtype(str, Enum):
     bf16 = "bf16"
 
 
+class Loss(str, Enum):
+    ce = "ce"
+    slm = "slm"
+
+
+class Score(str, Enum):
+    excess = "excess"
+    ref_loss = "ref_loss"
+    ref_entropy = "ref_entropy"
+    intersection = "intersection"
+    loss = "loss"
+    random = "random"
+
+
 class Estimator(str, Enum):
     v2 = "v2"
     v2_star = "v2_star"
@@ -52,6 +66,26 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Length in steps instead of minutes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     preset: Annotated[str | None, typer.Option(help="Size of the model.", show_default="demo")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Begin with the weights and tokenizer of this run or model.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="A tokenizer.json, or a folder with one.",
+            show_default="that of --init or --scores, else trained",
+        ),
+    ] = None,
+    loss: Annotated[
+        Loss | None, typer.Option(help="slm: train on chosen tokens only (Rho-1).", show_default="ce")
+    ] = None,
+    scores: Annotated[Path | None, typer.Option(help="Folder that `fastlm score` wrote.")] = None,
+    score: Annotated[
+        Score | None, typer.Option(help="What tokens are chosen by.", show_default="excess")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the tokens that is trained on.", show_default="0.6")
+    ] = None,
     num_experts: Annotated[
         int | None,
         typer.Option(help="Experts of every feed-forward layer.", show_default="the preset's, mostly none"),
@@ -155,9 +189,11 @@ def train(
     reporter = make_reporter(quiet=quiet)
     try:
         if resume:
-            record = training.resume(out, given=settings, reporter=reporter)
+            selective = training.load_record(out).config.loss == "slm"
+            record = _runs(selective).resume(out, given=settings, reporter=reporter)
         else:
-            record = training.train(training.make_config(settings), out, reporter=reporter)
+            made = training.make_config(settings)
+            record = _runs(made.loss == "slm").train(made, out, reporter=reporter)
     except KeyboardInterrupt:
         print(f"\nStopped before the first step. To go on: {resume_command(out)}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -173,6 +209,17 @@ def train(
             f"\nSaved after step {record.step} of {total}. To go on: {resume_command(out)}", file=sys.stderr
         )
         raise typer.Exit(143 if record.environment.get("stopped_by") == "SIGTERM" else 130)
+
+
+def _runs(selective: bool) -> Any:
+    """What has the `train` and `resume` of a loss."""
+    if selective:
+        from fastlm.methods import rho1
+
+        return rho1
+    from fastlm import training
+
+    return training
 
 
 def resume_command(out: Path) -> str:

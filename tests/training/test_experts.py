@@ -13,9 +13,9 @@ import torch
 from fastlm.models.samba import SambaConfig, SambaForCausalLM
 from fastlm.training import InputError, load_record, make_config, resume, train
 from fastlm.training.checkpoint import CheckpointFolder
+from fastlm.training.initial import model_config
 from fastlm.training.log import RunLog
 from fastlm.training.progress import QuietReporter, StepReport
-from fastlm.training.trainer import model_config
 from tests.cli.test_cli import SMALL_FLAGS, run
 from tests.training.runs import STEPS, assert_same_bits, die_at_write, small_config, start, write_text
 

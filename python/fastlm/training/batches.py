@@ -31,6 +31,7 @@ class PackedRow:
         torch.Tensor
     )  # (1, T) int64: the token that follows in the document, -100 at a document's end
     cu_seqlens: torch.Tensor  # (S+1,) int32
+    pieces: tuple[Piece, ...]  # what the row is made of
 
     @property
     def targets(self) -> torch.Tensor:
@@ -119,6 +120,7 @@ def pack(store: TokenStore, pieces: list[Piece]) -> PackedRow:
         torch.from_numpy(np.concatenate(inputs)).unsqueeze(0),
         torch.from_numpy(np.concatenate(targets)).unsqueeze(0),
         torch.tensor(ends, dtype=torch.int32),
+        tuple(pieces),
     )
 
 

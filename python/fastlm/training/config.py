@@ -43,6 +43,23 @@ class TrainConfig(BaseModel):
     router_aux_loss_coef: float | None = Field(
         None, ge=0, description="weight of the load-balance loss; default: the preset's"
     )
+    tokenizer: Path | None = Field(
+        None,
+        description="tokenizer.json, or a folder with one, instead of training a tokenizer; default: that of init",
+    )
+    init: Path | None = Field(
+        None, description="run or model whose weights, sizes and tokenizer the run begins with"
+    )
+    loss: Literal["ce", "slm"] = Field(
+        "ce", description="ce: cross-entropy of every token; slm: of those chosen by score (Rho-1)"
+    )
+    scores: Path | None = Field(None, description="folder of reference losses that `fastlm score` wrote")
+    score: Literal["excess", "ref_loss", "ref_entropy", "intersection", "loss", "random"] | None = Field(
+        None, description="what tokens are chosen by, with loss slm; default: excess"
+    )
+    keep: float | None = Field(
+        None, ge=0, le=1, description="share of the tokens that are trained on, with loss slm; default: 0.6"
+    )
     vocab_size: int | None = Field(None, ge=257, le=1_000_000, description="tokens; default: the preset's")
     minutes: float | None = Field(None, gt=0, le=1e6, description="length of the run in minutes of training")
     steps: int | None = Field(None, gt=0, description="length of the run in optimizer steps")
@@ -82,7 +99,7 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = Field(2, ge=0, description="newest checkpoints that are kept; 0: all")
     threads: int | None = Field(None, gt=0, le=4096, description="CPU threads; default: torch's choice")
 
-    @field_validator("data")
+    @field_validator("data", "tokenizer", "init", "scores")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return (
@@ -99,6 +116,44 @@ class TrainConfig(BaseModel):
         if micro is not None and self.batch_tokens % micro != 0:
             raise ValueError(f"micro_batch_tokens must divide batch_tokens {self.batch_tokens}, got {micro}")
         return self
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> TrainConfig:
+        if self.loss == "ce":
+            for name in ("scores", "score", "keep"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs loss slm, got loss ce")
+        elif self.scores is None and self.token_score not in ("loss", "random"):
+            raise ValueError(f"scores must be given for score {self.token_score}, got none")
+        return self
+
+    @model_validator(mode="after")
+    def _check_init(self) -> TrainConfig:
+        own = "the model of init has its own"
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError(f"vocab_size must not be given with tokenizer, got {self.vocab_size}")
+        if self.init is None:
+            return self
+        if self.preset != type(self).model_fields["preset"].default:
+            raise ValueError(f"preset must not be given with init, got {self.preset}: {own} size")
+        if self.vocab_size is not None or self.expert_changes:
+            name = "vocab_size" if self.vocab_size is not None else next(iter(self.expert_changes))
+            raise ValueError(f"{name} must not be given with init: {own}")
+        if self.lr is None:
+            raise ValueError(
+                "lr must be given with init, got none: no preset knows how far to move a trained model"
+            )
+        return self
+
+    @property
+    def token_score(self) -> str:
+        """What tokens are chosen by, in force with `loss` slm."""
+        return self.score or "excess"
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the tokens that are trained on, in force with `loss` slm."""
+        return 0.6 if self.keep is None else self.keep
 
     @property
     def expert_changes(self) -> dict[str, Any]:

@@ -19,20 +19,16 @@ from fastlm.training.config import TrainConfig, reason
 from fastlm.training.corpus import Corpus, TextFile, find_corpus, read_documents
 from fastlm.training.errors import InputError, RunError
 from fastlm.training.shards import ShardWriter, TokenStore
-from fastlm.training.tokenizer import END_OF_TEXT, load_tokenizer, mark_of, train_tokenizer
+from fastlm.training.tokenizer import (
+    load_given_tokenizer,
+    load_tokenizer,
+    mark_of,
+    spelling_of,
+    train_tokenizer,
+)
 
 ENCODE_CHARACTERS = 2 << 20  # text handed to the tokenizer's threads at once
 Report = Callable[[str], None]
-
-
-def _letters_of_bytes() -> dict[str, int]:
-    """The byte behind each letter: printable Latin-1 is itself, the rest follows from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_OF_LETTER = _letters_of_bytes()
 
 
 @dataclass(frozen=True)
@@ -68,42 +64,50 @@ class PreparedData:
 
     def spelling(self) -> list[bytes]:
         """The bytes of each token; none for the mark between documents."""
-        table = [b""] * self.vocab_size
-        for text, number in self.tokenizer.get_vocab().items():
-            if text != END_OF_TEXT:
-                table[number] = bytes(BYTE_OF_LETTER[letter] for letter in text)
-        return table
+        return spelling_of(self.tokenizer)
 
 
 def prepare_data(
-    folder: Path, config: TrainConfig, vocab_size: int, report: Report, warn: Report
+    folder: Path,
+    config: TrainConfig,
+    vocab_size: int,
+    report: Report,
+    warn: Report,
+    *,
+    exclude: Path | None = None,
 ) -> PreparedData:
-    """Reads the text, trains the tokenizer and writes the shards to `folder`, unless all that is there
+    """Reads the text, trains the tokenizer (unless one is given) and writes the shards to `folder`, unless all that is there
     already.
 
     Args:
         folder: the run's data folder.
-        config: `data`, `held_out` are used.
-        vocab_size: most tokens of the vocabulary.
+        config: `data`, `held_out`, `max_bytes` and `tokenizer` (else `init`) are used.
+        vocab_size: most tokens of the vocabulary of a tokenizer that is trained.
         report: called with one line per stage.
         warn: called with one line per kind of skipped file.
+        exclude: folder that is not read even inside the data; default: the one that `folder` is in.
 
     Raises:
-        InputError: no usable text.
+        InputError: no usable text, or the given tokenizer cannot be used.
         RunError: the disk is full or a file changed.
     """
     if not folder.exists():
         remove_leftovers(folder.parent)
+        given = config.tokenizer or config.init
+        tokenizer = None if given is None else load_given_tokenizer(given)
         report("looking for text")
         corpus = find_corpus(
-            config.data, held_out=config.held_out, max_bytes=config.max_bytes, exclude=folder.parent
+            config.data,
+            held_out=config.held_out,
+            max_bytes=config.max_bytes,
+            exclude=exclude or folder.parent,
         )
         if not corpus.is_stdlib:  # nobody chose those files, so nobody needs to hear about them
             for line in corpus.skipped.sentences():
                 warn(line)
         try:
             with new_folder(folder) as temporary:
-                _write(temporary, corpus, vocab_size, report)
+                _write(temporary, corpus, tokenizer, vocab_size, report)
         except OSError as error:
             raise RunError(
                 f"data: could not write {folder}: {reason(error)}; nothing of the run is lost, make room "
@@ -138,9 +142,12 @@ def open_data(folder: Path) -> PreparedData:
     return PreparedData(summary, tokenizer, TokenStore(folder, "train"), TokenStore(folder, "held-out"))
 
 
-def _write(folder: Path, corpus: Corpus, vocab_size: int, report: Report) -> None:
-    report(f"training the tokenizer on {corpus.train_bytes / 1e6:.1f} MB of {len(corpus.train)} files")
-    tokenizer = train_tokenizer(corpus.train, vocab_size)
+def _write(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer | None, vocab_size: int, report: Report
+) -> None:
+    if tokenizer is None:
+        report(f"training the tokenizer on {corpus.train_bytes / 1e6:.1f} MB of {len(corpus.train)} files")
+        tokenizer = train_tokenizer(corpus.train, vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     report("turning text into tokens")
     train = _encode(folder, "train", corpus.train, tokenizer)

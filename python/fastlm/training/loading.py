@@ -20,6 +20,7 @@ class LoadedModel:
     model: SambaForCausalLM
     tokenizer: Tokenizer
     folder: Path  # where the weights came from
+    tokenizer_file: Path
 
     @property
     def end_token(self) -> int:
@@ -33,9 +34,7 @@ def load_run(path: Path) -> LoadedModel:
     Raises:
         InputError: nothing usable at `path`; the text says what was looked for, or which file is damaged.
     """
-    if not path.is_dir():
-        raise InputError(f"RUN: expected the folder of a run or a model, found none at {path}")
-    folder, tokenizer_file = _find(path)
+    folder, tokenizer_file = find_model(path)
     try:
         model = SambaForCausalLM.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -46,11 +45,17 @@ def load_run(path: Path) -> LoadedModel:
             f"RUN: expected a tokenizer of at most {model.config.vocab_size} tokens in {tokenizer_file}, "
             f"found {tokenizer.get_vocab_size()}"
         )
-    return LoadedModel(model.eval(), tokenizer, folder)
+    return LoadedModel(model.eval(), tokenizer, folder, tokenizer_file)
 
 
-def _find(path: Path) -> tuple[Path, Path]:
-    """Folders with the weights and the tokenizer."""
+def find_model(path: Path) -> tuple[Path, Path]:
+    """The folder with the weights, and the tokenizer's file, of what `load_run` loads.
+
+    Raises:
+        InputError: nothing usable at `path`.
+    """
+    if not path.is_dir():
+        raise InputError(f"RUN: expected the folder of a run or a model, found none at {path}")
     if (path / "model" / "config.json").exists():
         return path / "model", path / "model" / "tokenizer.json"
     checkpoints = CheckpointFolder(path)

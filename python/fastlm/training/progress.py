@@ -29,7 +29,7 @@ class StepReport:
     step: int
     total_steps: int | None  # None while a time-limited run measures its first steps
     loss: float  # nats per token of this step's batch
-    bits_per_byte: float  # of this step's batch
+    bits_per_byte: float | None  # of this step's batch; None where not every token's loss was computed
     tokens_per_second: float  # mean over the last steps
     seconds_left: float | None
 
@@ -184,8 +184,9 @@ def describe(report: StepReport, held_out: float | None) -> str:
         f"step {report.step}/{total}",
         f"{report.tokens_per_second:,.0f} tokens/s",
         f"loss {report.loss:.2f}",
-        f"{report.bits_per_byte:.2f} bits/byte",
     ]
+    if report.bits_per_byte is not None:
+        parts.append(f"{report.bits_per_byte:.2f} bits/byte")
     if held_out is not None:
         parts.append(f"held-out {held_out:.2f}")
     if report.seconds_left is not None:

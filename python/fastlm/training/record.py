@@ -36,6 +36,7 @@ class RunRecord(BaseModel):
     environment: dict[str, Any]
     parameters: int = 0
     data: dict[str, Any] | None = None
+    objective: dict[str, Any] | None = None  # what the objective must find again when the run goes on
     schedule: dict[str, int] | None = None
     step: int = 0
     tokens: int = 0

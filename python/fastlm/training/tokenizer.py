@@ -21,6 +21,16 @@ SMALLEST_VOCAB = 257  # the 256 bytes and END_OF_TEXT
 TRAINING_BYTES = 64 << 20  # more text than this changes the merges of a small vocabulary very little
 
 
+def _letters_of_bytes() -> dict[str, int]:
+    """The byte behind each letter: printable Latin-1 is itself, the rest follows from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_LETTER = _letters_of_bytes()
+
+
 def train_tokenizer(files: Iterable[TextFile], vocab_size: int) -> Tokenizer:
     """Learns the merges from (at most `TRAINING_BYTES` of) the given files.
 
@@ -62,6 +72,55 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"tokenizer: expected a tokenizers file at {path}: {reason(error)}") from error
     mark_of(tokenizer)
     return _taught_nothing_special(tokenizer)
+
+
+def find_tokenizer(path: Path) -> Path:
+    """The tokenizer.json at `path`: the file itself, or that of a run, a model or a folder of scores.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not path.is_dir():
+        return path
+    places = [path, path / "model", path / "data"]
+    if path.parent.name == "checkpoints":
+        places.append(path.parent.parent / "data")
+    for folder in places:
+        if (folder / "tokenizer.json").is_file():
+            return folder / "tokenizer.json"
+    raise InputError(f"tokenizer: expected a tokenizer.json, or a folder with one, got {path}")
+
+
+def load_given_tokenizer(path: Path) -> Tokenizer:
+    """Reads the tokenizer at `path` (see `find_tokenizer`) for training on text that it was not trained on.
+
+    Raises:
+        InputError: it is missing, has no `END_OF_TEXT`, or is not byte-level BPE, without which bits per byte have no meaning.
+    """
+    file = find_tokenizer(path)
+    tokenizer = load_tokenizer(file)
+    names = tokenizer.get_vocab()
+    if max(names.values()) + 1 != len(names):
+        raise InputError(
+            f"tokenizer: expected token ids 0 to {len(names) - 1} in {file}, found ids up to {max(names.values())}"
+        )
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for text in names:
+        if text not in added and not all(letter in BYTE_OF_LETTER for letter in text):
+            raise InputError(f"tokenizer: expected byte-level BPE in {file}, found the token {text!r}")
+    return tokenizer
+
+
+def spelling_of(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of each token; none for the mark between documents."""
+    table = [b""] * tokenizer.get_vocab_size()
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for text, number in tokenizer.get_vocab().items():
+        if text in added:
+            table[number] = b"" if text == END_OF_TEXT else text.encode()
+        else:
+            table[number] = bytes(BYTE_OF_LETTER[letter] for letter in text)
+    return table
 
 
 def mark_of(tokenizer: Tokenizer) -> int:

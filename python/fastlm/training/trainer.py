@@ -20,16 +20,18 @@ import torch
 
 import fastlm
 from fastlm.layers import Routing
-from fastlm.models.samba import SambaConfig, SambaForCausalLM
+from fastlm.models.samba import SambaConfig
 from fastlm.training.atomic import new_folder
 from fastlm.training.batches import PackedSampler
 from fastlm.training.checkpoint import CheckpointFolder, Position
-from fastlm.training.config import TrainConfig, flag_of, reason
+from fastlm.training.config import TrainConfig, reason
 from fastlm.training.data import PreparedData, prepare_data
 from fastlm.training.errors import InputError, RunError
-from fastlm.training.evaluation import Evaluation, evaluate, held_out_rows, row_loss
+from fastlm.training.evaluation import Evaluation, evaluate, held_out_rows
+from fastlm.training.initial import check_model, initial_model
 from fastlm.training.log import RunLog
 from fastlm.training.memory import peak_memory_bytes
+from fastlm.training.objective import CrossEntropy, Objective
 from fastlm.training.progress import QuietReporter, Reporter, StepReport
 from fastlm.training.record import RunRecord
 from fastlm.training.run_folder import RunLock, create_run, reopen_run
@@ -41,7 +43,6 @@ from fastlm.training.schedule import (
     measured_schedule,
 )
 from fastlm.training.stopping import StopRequestedError, StopRequests
-from fastlm.training.tokenizer import mark_of
 
 RATE_STEPS = 10  # the shown tokens per second are a mean over so many steps
 
@@ -50,19 +51,28 @@ RATE_STEPS = 10  # the shown tokens per second are a mean over so many steps
 class StepResult:
     """One optimizer step."""
 
-    loss: float  # nats per predicted token
-    bits_per_byte: float
+    loss: float  # what was minimised, nats per token that counts
+    bits_per_byte: float | None  # None where not every token's loss was computed
     grad_norm: float
     tokens: int
     seconds: float
+    log: dict[str, Any]  # what else the objective knows
 
 
-def train(config: TrainConfig, out: Path, *, reporter: Reporter | None = None) -> RunRecord:
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    objective: Objective | None = None,
+    reporter: Reporter | None = None,
+) -> RunRecord:
     """Trains a model into the new folder `out`.
 
     Args:
         config: what to train, on what, for how long.
         out: new or empty folder of the run.
+        objective: what is minimised; default: the cross-entropy of every token. A run with `loss` slm gets its objective from
+            `fastlm.methods.rho1.train`.
         reporter: sees the progress; default: warnings only.
 
     Returns:
@@ -73,21 +83,32 @@ def train(config: TrainConfig, out: Path, *, reporter: Reporter | None = None) -
         InputError: a setting, the data or `out` cannot be used.
         RunError: the run cannot go on: disk full, loss not finite. The newest whole checkpoint stays.
     """
-    model_config(config, 2**20)  # an unknown preset is told before any work
-    config = config.model_copy(update={"lr": config.peak_lr})  # the record says what was used
+    objective = _objective_of(config, objective, "train(config, out)")
+    check_model(config)
+    used: dict[str, Any] = {"lr": config.peak_lr}  # the record says what was used
+    if config.loss == "slm":
+        used |= {"score": config.token_score, "keep": config.keep_ratio}
+    config = config.model_copy(update=used)
     dtype = resolve_dtype(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     record, lock = create_run(out, config, dtype=dtype, threads=torch.get_num_threads())
-    return _run(out, record, lock, reporter or QuietReporter())
+    return _run(out, record, lock, objective, reporter or QuietReporter())
 
 
-def resume(out: Path, *, given: dict[str, Any] | None = None, reporter: Reporter | None = None) -> RunRecord:
+def resume(
+    out: Path,
+    *,
+    given: dict[str, Any] | None = None,
+    objective: Objective | None = None,
+    reporter: Reporter | None = None,
+) -> RunRecord:
     """Goes on with the run in `out` from its newest checkpoint; a finished run is returned as it is.
 
     Args:
         out: folder of the run.
         given: settings that the caller insists on; they must equal the run's.
+        objective: as in `train`; `fastlm.methods.rho1.resume` gives it for a run with `loss` slm.
         reporter: sees the progress.
 
     Raises:
@@ -99,12 +120,27 @@ def resume(out: Path, *, given: dict[str, Any] | None = None, reporter: Reporter
     if record.status == "finished":
         lock.release()
         return record
+    try:
+        objective = _objective_of(record.config, objective, "resume(out)")
+    except InputError:
+        lock.release()
+        raise
     if torch.get_num_threads() != record.threads:
         torch.set_num_threads(record.threads)  # sums are split by thread in torch's matrix products
     level, saved = fastlm.cpu_capability(), record.environment.get("cpu_capability")
     if level != saved:
         reporter.warn(f"the run began with CPU level {saved}, now it is {level}: last bits may differ")
-    return _run(out, record, lock, reporter)
+    return _run(out, record, lock, objective, reporter)
+
+
+def _objective_of(config: TrainConfig, objective: Objective | None, call: str) -> Objective:
+    if objective is not None:
+        return objective
+    if config.loss != "ce":
+        raise InputError(
+            f"loss: a run with loss {config.loss} needs its objective: call fastlm.methods.rho1.{call}"
+        )
+    return CrossEntropy()
 
 
 def resolve_dtype(config: TrainConfig) -> str:
@@ -114,26 +150,9 @@ def resolve_dtype(config: TrainConfig) -> str:
     return "bf16" if fastlm.cpu_capability() == "avx512_bf16" else "fp32"
 
 
-def model_config(config: TrainConfig, vocab_size: int) -> SambaConfig:
-    """The preset with the vocabulary of the run's tokenizer (or `vocab_size` as a bound)."""
+def _run(out: Path, record: RunRecord, lock: RunLock, objective: Objective, reporter: Reporter) -> RunRecord:
     try:
-        sizes = SambaConfig.from_preset(config.preset, vocab_size=vocab_size)
-    except (ValueError, KeyError) as error:
-        raise InputError(f"--preset: {error.args[0] if error.args else error}") from error
-    try:
-        changed = sizes.changed(**config.expert_changes)
-    except ValueError as error:
-        raise InputError(f"experts: {error}") from error
-    if changed.num_experts == 0 and config.expert_changes.keys() - {"num_experts"}:
-        first = next(name for name in config.expert_changes if name != "num_experts")
-        flag = flag_of("expert_size" if first == "intermediate_size" else first)
-        raise InputError(f"{flag}: needs --num-experts of at least 2, got a model without experts")
-    return changed
-
-
-def _run(out: Path, record: RunRecord, lock: RunLock, reporter: Reporter) -> RunRecord:
-    try:
-        return Trainer(out, record, reporter).run()
+        return Trainer(out, record, objective, reporter).run()
     except OSError as error:
         raise RunError(
             f"run: could not write to {out}: {reason(error)}; whole checkpoints are untouched. "
@@ -147,8 +166,8 @@ def _run(out: Path, record: RunRecord, lock: RunLock, reporter: Reporter) -> Run
 class Trainer:
     """One process's work on one run; made by `train` and `resume`."""
 
-    def __init__(self, out: Path, record: RunRecord, reporter: Reporter) -> None:
-        self.out, self.record, self.reporter = out, record, reporter
+    def __init__(self, out: Path, record: RunRecord, objective: Objective, reporter: Reporter) -> None:
+        self.out, self.record, self.objective, self.reporter = out, record, objective, reporter
         self.config = record.config
         self.log = RunLog(out)
         self.checkpoints = CheckpointFolder(out, keep=self.config.keep_checkpoints)
@@ -158,11 +177,10 @@ class Trainer:
             self.schedule = fixed_schedule(self.config)
         self.data = self._prepare_data()
         self.sizes = torch.tensor([len(spelling) for spelling in self.data.spelling()])
-        mark = mark_of(self.data.tokenizer)
-        torch.manual_seed(self.config.seed)
-        sizes = model_config(self.config, self.data.vocab_size).changed(bos_token_id=mark, eos_token_id=mark)
-        self.model = SambaForCausalLM(sizes)
-        self.model.train()
+        record.objective = objective.prepare(
+            self.config, self.data, record.dtype, record.objective, reporter.warn
+        )
+        self.model = initial_model(self.config, self.data, out).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=self.config.peak_lr,
@@ -252,7 +270,6 @@ class Trainer:
         config = self.config
         count = config.batch_tokens // config.micro_batch
         rows = [self.sampler.row(self.step * count + i) for i in range(count)]
-        targets = max(1, sum(row.num_targets for row in rows))
         rate = learning_rate(
             self.step,
             self.schedule.warmup_steps if self.schedule else config.warmup_steps,
@@ -263,27 +280,34 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        nats = 0.0
-        if self.model.config.num_experts:  # routers sample: what they draw depends on the step alone
-            torch.manual_seed((config.seed + 1_000_003 * (self.step + 1)) % 2**63)
-        for row in rows:
+        seed = (
+            config.seed + 1_000_003 * (self.step + 1)
+        ) % 2**63  # chance depends on the run and the step alone
+        if self.model.config.num_experts:  # routers sample
+            torch.manual_seed(seed)
+        losses = self.objective.begin(rows, seed)
+        for index in range(count):
             routing: list[Routing] | None = [] if self.model.config.num_experts else None
-            loss = row_loss(self.model, row, self.record.dtype, routing)
-            total = loss / targets
+            total = losses.loss(self.model, index, self.record.dtype, routing)
             if routing:
                 total = total + self.model.auxiliary_loss(routing) / count
             total.backward()
-            nats += float(loss.detach())
+        done = losses.numbers()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
-        if not (math.isfinite(nats) and math.isfinite(norm)):
-            raise self._diverged(nats / targets, norm)
+        if not (math.isfinite(done.loss) and math.isfinite(norm)):
+            raise self._diverged(done.loss, norm)
         self.optimizer.step()
         self.step += 1
         self.tokens += config.batch_tokens
         seconds = time.monotonic() - started
         self.train_seconds += seconds
-        bits = nats / math.log(2) / max(1, sum(int(self.sizes[row.targets].sum()) for row in rows))
-        return StepResult(nats / targets, bits, norm, config.batch_tokens, seconds)
+        bits = None
+        if done.nats is not None:
+            num_bytes = sum(int(self.sizes[row.targets].sum()) for row in rows)
+            bits = done.nats / math.log(2) / max(1, num_bytes)
+        if done.warning is not None:
+            self.reporter.warn(done.warning)
+        return StepResult(done.loss, bits, norm, config.batch_tokens, seconds, done.log)
 
     def _diverged(self, loss: float, norm: float) -> RunError:
         steps = self.checkpoints.steps()
@@ -310,11 +334,12 @@ class Trainer:
             kind="step",
             step=self.step,
             loss=result.loss,
-            bits_per_byte=round(result.bits_per_byte, 6),
+            bits_per_byte=None if result.bits_per_byte is None else round(result.bits_per_byte, 6),
             lr=self.optimizer.param_groups[0]["lr"],
             grad_norm=result.grad_norm,
             tokens=self.tokens,
             seconds=round(self.train_seconds, 4),
+            **result.log,
         )
 
     def _fix_schedule(self, result: StepResult, elapsed: float) -> None:

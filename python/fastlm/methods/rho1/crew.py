@@ -83,10 +83,10 @@ def _watch(
 ) -> None:
     """Reads what the workers say until all have ended."""
     with selectors.DefaultSelector() as selector:
-        for process in crew:
-            assert process.stdout is not None
-            os.set_blocking(process.stdout.fileno(), False)
-            selector.register(process.stdout, selectors.EVENT_READ, process)
+        for worker in crew:
+            assert worker.stdout is not None
+            os.set_blocking(worker.stdout.fileno(), False)
+            selector.register(worker.stdout, selectors.EVENT_READ, worker)
         rest: dict[int, bytes] = {}
         while selector.get_map():
             stop.check()

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
             output_projection(model)
         except ValueError as error:
             raise InputError(f"model: {error}") from error
-        config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE}
+        every = cast("Any", model).config.to_dict()
+        config = {name: value for name, value in every.items() if name not in _VOLATILE}
     else:
         raise InputError(
             f"model: expected a SambaForCausalLM or a causal language model of transformers, got {type(model).__name__}"
@@ -98,7 +99,8 @@ class PartScorer:
     """
 
     def __init__(self, model: nn.Module, tokens: GatheredTokens, layout: Layout, manifest: Manifest) -> None:
-        self.model, self.tokens, self.layout, self.manifest = model, tokens, layout, manifest
+        self.model: Any = model
+        self.tokens, self.layout, self.manifest = tokens, layout, manifest
         self.device = next(model.parameters()).device
         self.is_samba = isinstance(model, SambaForCausalLM)
         if not self.is_samba:

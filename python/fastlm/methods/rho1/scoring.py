@@ -47,7 +47,6 @@ from fastlm.training.stopping import StopRequestedError, StopRequests
 
 BATCH_TOKENS = 4096
 PART_TOKENS = 1 << 20
-_WORK = f"work{TEMPORARY_MARK}"
 
 
 class ScoringStoppedError(RunError):
@@ -126,14 +125,14 @@ def score(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
     folder, reporter = Path(out_dir), reporter or QuietReporter()
-    saved = _saved_manifest(folder)
+    saved = saved_manifest(folder)
     described = describe_model(model)
     resolved = _resolve_dtype(model, dtype, saved)
     if threads is None:
         threads = max(1, torch.get_num_threads() // workers) if saved is None else saved.threads
     own_tokenizer = _tokenizer_of(corpus, tokenizer)
     try:
-        with _work_folder(folder) as temporary, StopRequests() as stop:
+        with temporary_folder(folder, "work") as temporary, StopRequests() as stop:
             reporter.stage("reading the corpus")
             tokens = gather(corpus, temporary, stop.check)
             check_fits(model, tokens, context)
@@ -226,11 +225,11 @@ def _score_all(
 # Folder
 
 
-def _saved_manifest(folder: Path) -> Manifest | None:
+def saved_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder with scores, None for a new one.
 
     Raises:
-        InputError: the folder holds something else or cannot be made.
+        InputError: the folder holds something else, or cannot be made.
     """
     if (folder / MANIFEST).exists():
         return load_manifest(folder)
@@ -252,12 +251,12 @@ def _is_ours(name: str) -> bool:
 
 
 @contextmanager
-def _work_folder(folder: Path) -> Iterator[Path]:
-    """A folder for this process's temporary files; those of dead processes are removed."""
+def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A folder of this process inside the scores' folder, gone afterwards; those of dead processes are removed first."""
     for entry in folder.iterdir():
-        if entry.name.startswith(_WORK) and entry.is_dir() and is_free(entry):
+        if is_leftover(entry.name) and entry.is_dir() and is_free(entry):
             shutil.rmtree(entry, ignore_errors=True)
-    path = folder / f"{_WORK}-{os.getpid()}"
+    path = folder / f"{name}{TEMPORARY_MARK}-{os.getpid()}"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     lock = FolderLock(path)
