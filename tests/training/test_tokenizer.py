@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 
 from fastlm.training import InputError
 from fastlm.training.corpus import TextFile, find_corpus
-from fastlm.training.data import BYTE_OF_LETTER
-from fastlm.training.tokenizer import END_OF_TEXT, load_tokenizer, mark_of, train_tokenizer
+from fastlm.training.tokenizer import BYTE_OF_LETTER, END_OF_TEXT, load_tokenizer, mark_of, train_tokenizer
 
 SOURCE = Path(__file__).parent
 

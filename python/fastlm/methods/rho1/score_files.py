@@ -196,11 +196,12 @@ class Layout:
             entries.append(PartEntry(documents=int(filled[first:stop].sum()), tokens=tokens))
         return tuple(entries)
 
-    def corpus_digest(self) -> str:
-        """Changes with any document's content; the order of the corpus and repetitions do not matter."""
-        total = hashlib.sha256(self.keys.tobytes())
-        total.update(self.lengths.astype("<i8").tobytes())
-        return total.hexdigest()
+
+def corpus_digest(keys: Keys, lengths: Counts) -> str:
+    """Of sorted documents: changes with any one's content; the order of the corpus and repetitions do not matter."""
+    total = hashlib.sha256(keys.tobytes())
+    total.update(lengths.astype("<i8").tobytes())
+    return total.hexdigest()
 
 
 def piece_starts(starts: Counts, context: int) -> Counts:

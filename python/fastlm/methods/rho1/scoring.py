@@ -30,6 +30,7 @@ from fastlm.methods.rho1.score_files import (
     Layout,
     Manifest,
     check_content,
+    corpus_digest,
     load_manifest,
     open_part,
     part_name,
@@ -142,7 +143,7 @@ def score(
                 torch=torch.__version__,
                 **described,
                 tokenizer=None if own_tokenizer is None else tokenizer_digest(own_tokenizer),
-                corpus=layout.corpus_digest(),
+                corpus=corpus_digest(tokens.keys, tokens.lengths),
                 documents=len(tokens.keys),
                 tokens=int(tokens.lengths.sum()),
                 predictions=int(layout.starts[-1]),
@@ -252,10 +253,8 @@ def _is_ours(name: str) -> bool:
 
 @contextmanager
 def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
-    """A folder of this process inside the scores' folder, gone afterwards; those of dead processes are removed first."""
-    for entry in folder.iterdir():
-        if is_leftover(entry.name) and entry.is_dir() and is_free(entry):
-            shutil.rmtree(entry, ignore_errors=True)
+    """A folder of this process inside the scores' folder, gone afterwards with those of processes that died."""
+    _remove_abandoned(folder)
     path = folder / f"{name}{TEMPORARY_MARK}-{os.getpid()}"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
@@ -265,6 +264,13 @@ def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
     finally:
         lock.release()
         shutil.rmtree(path, ignore_errors=True)
+        _remove_abandoned(folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if is_leftover(entry.name) and entry.is_dir() and is_free(entry):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _agree(

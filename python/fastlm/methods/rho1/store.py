@@ -25,6 +25,7 @@ from fastlm.methods.rho1.score_files import (
     TensorFile,
     Values,
     check_content,
+    corpus_digest,
     load_manifest,
     open_part,
     part_name,
@@ -289,9 +290,9 @@ def load_layout(folder: Path, manifest: Manifest) -> Layout:
         keys, lengths = np.asarray(file.map("keys")), np.asarray(file.map("lengths"))
         if keys.shape != (manifest.documents, KEY_BYTES) or lengths.shape != (manifest.documents,):
             raise ValueError(f"expected {manifest.documents} documents, found {keys.shape} {lengths.shape}")
+        if corpus_digest(keys, lengths) != manifest.corpus:
+            raise ValueError(f"expected corpus {manifest.corpus}, found {corpus_digest(keys, lengths)}")
         layout = Layout.plan(keys, lengths, context=manifest.context, part_tokens=manifest.part_tokens)
-        if layout.corpus_digest() != manifest.corpus:
-            raise ValueError(f"expected corpus {manifest.corpus}, found {layout.corpus_digest()}")
         if tuple(int(n) for n in np.diff(layout.bounds)) != tuple(part.tokens for part in manifest.parts):
             raise ValueError("its parts are not those of the manifest")
     except (OSError, ValueError, KeyError) as error:

@@ -1,0 +1,420 @@
+"""Selective training in the loop of fastlm.training: the right reference losses, exact accumulation, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlm import training
+from fastlm.methods import rho1
+from fastlm.methods.rho1.objective import NEEDS_SCORES, SelectiveLoss, count_selected
+from fastlm.training import InputError, TrainConfig, load_record
+from fastlm.training.batches import PackedSampler
+from fastlm.training.data import PreparedData, open_data
+from fastlm.training.evaluation import row_loss
+from fastlm.training.loading import load_run
+from fastlm.training.log import RunLog
+from fastlm.training.progress import QuietReporter
+from tests.training.runs import STEPS, assert_same_bits, final_weights, small_config, start, write_text
+
+SCORES = ("excess", "ref_loss", "ref_entropy", "intersection", "loss", "random")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, a reference run and its scores."""
+    place = tmp_path_factory.mktemp("place")
+    torch.set_num_threads(1)
+    text = write_text(place / "text")
+    training.train(small_config(text, steps=8), place / "reference")
+    settings = {"context": 16, "entropy": True, "threads": 1, "part_tokens": 300, "dtype": "fp32"}
+    rho1.score_text(place / "reference", text, place / "scores", **settings)
+    return place
+
+
+def config_of(place: Path, **changes: Any) -> TrainConfig:
+    changes = {"vocab_size": None, "loss": "slm", "scores": place / "scores", "keep": 0.6, **changes}
+    return small_config(place / "text", **changes)
+
+
+def prepared(place: Path, objective: SelectiveLoss, **changes: Any) -> tuple[PreparedData, PackedSampler]:
+    data = open_data(place / "reference" / "data")
+    config = config_of(place, score=objective.score, **changes)
+    objective.prepare(config, data, "fp32", None, lambda text: None)
+    return data, PackedSampler(data.train, row_tokens=config.micro_batch, seq_len=16, seed=0)
+
+
+def objective_of(place: Path, score: str, keep: float = 0.6) -> SelectiveLoss:
+    return SelectiveLoss(keep=keep, score=score, store=rho1.open_scores(place / "scores"))
+
+
+# The right numbers
+
+
+def test_the_reference_models_own_excess_is_zero_everywhere(place: Path) -> None:
+    """Rows begin with pieces cut by the row's start, so only those are compared that begin where the reference's do."""
+    objective = objective_of(place, "excess")
+    _, sampler = prepared(place, objective)
+    model = load_run(place / "reference").model
+    compared = 0
+    for number in range(40):
+        row = sampler.row(number)
+        reference = objective.reference(row, "nll")
+        with torch.no_grad():
+            hidden = model.model(row.input_ids, cu_seqlens=row.cu_seqlens)
+            losses = model.loss(hidden, shift_labels=row.shift_labels, reduction="none")
+        predicted = row.shift_labels[0] != -100
+        assert torch.equal(predicted, reference.isfinite())
+        at = 0
+        for _, start_of, stop in row.pieces:
+            if start_of % 16 == 0:
+                here = slice(at, at + stop - start_of)
+                excess = (losses[here] - reference[here])[predicted[here]]
+                assert excess.numel() == 0 or float(excess.abs().max()) < 1e-5
+                compared += excess.numel()
+            at += stop - start_of
+    assert compared > 1000
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.29, 0.5, 0.6, 1.0])
+@pytest.mark.parametrize("eligible", [0, 1, 5, 100])
+def test_the_count_is_that_of_the_operator(keep: float, eligible: int) -> None:
+    from fastlm import ops
+
+    scores, every = torch.randn(eligible), torch.ones(eligible, dtype=torch.bool)
+    assert count_selected(keep, eligible) == int(ops.select_tokens(scores, every, keep_ratio=keep).sum())
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_steps_loss_is_the_mean_over_all_that_it_selects(place: Path, score: str) -> None:
+    objective = objective_of(place, score)
+    _, sampler = prepared(place, objective)
+    model = load_run(place / "reference").model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    rows = [sampler.row(number) for number in (3, 4, 5)]
+    step = objective.begin(rows, 7)
+    sum(step.loss(model, index, "fp32", None) for index in range(3)).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    numbers = step.numbers()
+
+    model.zero_grad()
+    losses = torch.cat([_losses(model, row) for row in rows])
+    masks = _expected_masks(objective, rows, losses.detach(), score)
+    chosen = torch.cat(masks)
+    mean = losses[chosen].mean()
+    mean.backward()
+    assert numbers.loss == pytest.approx(float(mean.detach()), abs=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=2e-6, rtol=1e-4)
+    valid = sum(row.num_targets for row in rows)
+    assert numbers.log["selected"] == pytest.approx(int(chosen.sum()) / valid)
+    if score in ("excess", "loss"):
+        assert numbers.nats == pytest.approx(float(losses.detach().sum()), abs=1e-3)
+        assert numbers.log["full_loss"] == pytest.approx(float(losses.detach().sum()) / valid, abs=1e-5)
+    else:
+        assert numbers.nats is None
+        assert "full_loss" not in numbers.log
+
+
+def _losses(model: Any, row: Any) -> torch.Tensor:
+    hidden = model.model(row.input_ids, cu_seqlens=row.cu_seqlens)
+    return model.loss(hidden, shift_labels=row.shift_labels, reduction="none")
+
+
+def _expected_masks(
+    objective: SelectiveLoss, rows: Any, losses: torch.Tensor, score: str
+) -> list[torch.Tensor]:
+    """By sorting; scores that depend on the model rank each row, the others all rows together."""
+    valid = [row.shift_labels[0] != -100 for row in rows]
+    nll = [objective.reference(row, "nll") for row in rows]
+    entropy = [objective.reference(row, "entropy") for row in rows]
+
+    def best(scores: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
+        count = count_selected(0.6, int(eligible.sum()))
+        order = torch.where(eligible, scores, -torch.inf).argsort(descending=True)
+        mask = torch.zeros_like(eligible)
+        mask[order[:count]] = True
+        return mask
+
+    if score in ("excess", "loss"):
+        parts = losses.split([len(v) for v in valid])
+        scores = [part - r if score == "excess" else part for part, r in zip(parts, nll, strict=True)]
+        return [best(s, v) for s, v in zip(scores, valid, strict=True)]
+    every = torch.cat(valid)
+    if score == "random":
+        return [best(torch.rand(len(every), generator=torch.Generator().manual_seed(7)), every)]
+    low_loss, low_entropy = best(-torch.cat(nll), every), best(-torch.cat(entropy), every)
+    masks = {"ref_loss": low_loss, "ref_entropy": low_entropy, "intersection": low_loss & low_entropy}
+    return [masks[score]]
+
+
+@pytest.mark.parametrize("score", ["ref_loss", "ref_entropy", "intersection", "random"])
+def test_passes_of_a_step_select_what_one_pass_would(place: Path, score: str) -> None:
+    """With scores known beforehand the number of passes changes rounding alone, where rows end with pieces."""
+    objective = objective_of(place, score)
+    data, _ = prepared(place, objective)
+    model = load_run(place / "reference").model
+    gradients = []
+    pieces = [(document, 0, 16) for document in range(4)]
+    from fastlm.training.batches import pack
+
+    for rows in ([pack(data.train, pieces)], [pack(data.train, [piece]) for piece in pieces]):
+        model.zero_grad()
+        step = objective.begin(rows, 3)
+        for index in range(len(rows)):
+            step.loss(model, index, "fp32", None).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
+
+
+# Extremes
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_keeping_all_is_plain_training(place: Path, tmp_path: Path, score: str) -> None:
+    tokenizer = {"tokenizer": place / "reference", "vocab_size": None}
+    training.train(small_config(place / "text", steps=6, **tokenizer), tmp_path / "plain")
+    rho1.train(config_of(place, keep=1.0, score=score, steps=6), tmp_path / "slm")
+    if score == "intersection":  # of two whole sets
+        assert RunLog(tmp_path / "slm").read()[1]["selected"] == 1.0
+    plain, slm = final_weights(tmp_path / "plain"), final_weights(tmp_path / "slm")
+    assert [name for name in plain if not torch.equal(plain[name], slm[name])] == []
+    loss = {
+        entry["step"]: entry["loss"] for entry in RunLog(tmp_path / "plain").read() if entry["kind"] == "step"
+    }
+    for entry in RunLog(tmp_path / "slm").read():
+        if entry["kind"] == "step":
+            assert entry["loss"] == pytest.approx(loss[entry["step"]], abs=1e-6)
+            assert entry["bits_per_byte"] is not None
+
+
+@pytest.mark.parametrize("score", ["excess", "ref_loss"])
+def test_keeping_nothing_trains_nothing(place: Path, tmp_path: Path, score: str) -> None:
+    config = config_of(place, keep=0.0, score=score, steps=2, weight_decay=0.0)
+    rho1.train(config, tmp_path / "slm")
+    steps = [entry for entry in RunLog(tmp_path / "slm").read() if entry["kind"] == "step"]
+    assert [(entry["loss"], entry["grad_norm"], entry["selected"]) for entry in steps] == [
+        (0.0, 0.0, 0.0)
+    ] * 2
+    assert all(entry["threshold"] is None for entry in steps)
+    json.dumps(steps, allow_nan=False)
+
+
+# Runs
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_log_tells_what_was_selected(place: Path, tmp_path: Path, score: str) -> None:
+    record = rho1.train(config_of(place, score=score, steps=3), tmp_path / "run")
+    assert record.status == "finished"
+    assert (record.config.score, record.config.keep) == (score, 0.6)
+    assert record.config.tokenizer == place / "scores" / "tokenizer.json"
+    assert record.objective == {"name": "slm", "scores": rho1.open_scores(place / "scores").digest}
+    for entry in RunLog(tmp_path / "run").read():
+        if entry["kind"] != "step":
+            continue
+        share = entry["selected"]
+        assert (0.3 < share < 0.6) if score == "intersection" else share == pytest.approx(0.6, abs=0.02)
+        assert entry["score_selected"] > entry["score_unselected"]
+        if score != "intersection":
+            assert entry["score_selected"] >= entry["threshold"]
+        assert ("full_loss" in entry) == (score in ("excess", "loss"))
+
+
+@pytest.mark.parametrize("score", ["excess", "intersection", "random"])
+def test_a_killed_run_goes_on_bit_for_bit(place: Path, tmp_path: Path, score: str) -> None:
+    config = config_of(place, score=score)
+    process = start(rho1.train, config, tmp_path / "whole")
+    process.join(60)
+    assert process.exitcode == 0
+    process = start(_train_and_die, config, tmp_path / "run")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    process = start(rho1.resume, tmp_path / "run")
+    process.join(60)
+    assert process.exitcode == 0
+    assert load_record(tmp_path / "run").step == STEPS
+    assert_same_bits(tmp_path / "run", tmp_path / "whole")
+    logs = [
+        [{k: v for k, v in entry.items() if k != "seconds"} for entry in RunLog(tmp_path / name).read()]
+        for name in ("run", "whole")
+    ]
+    assert logs[0] == logs[1]
+
+
+def _train_and_die(config: TrainConfig, out: Path) -> None:
+    import os
+
+    class Deadly(QuietReporter):
+        def step(self, report: Any) -> None:
+            if report.step == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    rho1.train(config, out, reporter=Deadly())
+
+
+def test_a_run_keeps_its_scores(place: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores"
+    shutil.copytree(place / "scores", scores)
+    process = start(_train_and_die, config_of(place, scores=scores), tmp_path / "run")
+    process.join(60)
+    shutil.rmtree(scores)
+    with pytest.raises(
+        InputError, match=r"scores: expected a folder that `fastlm score` wrote .* found none at"
+    ):
+        rho1.resume(tmp_path / "run")
+    torch.set_num_threads(1)
+    settings = {"context": 16, "threads": 1, "part_tokens": 300, "dtype": "fp32"}
+    rho1.score_text(
+        place / "reference", place / "text", scores, **settings
+    )  # without entropy: another digest
+    with pytest.raises(
+        InputError, match=r"--scores: the run was begun with scores of digest \w{64}, .* now holds"
+    ):
+        rho1.resume(tmp_path / "run")
+    shutil.rmtree(scores)
+    shutil.copytree(place / "scores", scores)
+    assert rho1.resume(tmp_path / "run").status == "finished"
+    shutil.rmtree(scores)
+    assert rho1.resume(tmp_path / "run").status == "finished"  # a finished run needs none
+
+
+def test_training_alone_says_what_to_call(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"loss slm needs its objective: call fastlm.methods.rho1.train\(config, out\)"
+    ):
+        training.train(config_of(place), tmp_path / "run")
+    process = start(_train_and_die, config_of(place), tmp_path / "run")
+    process.join(60)
+    with pytest.raises(InputError, match=r"call fastlm.methods.rho1.resume\(out\)"):
+        training.resume(tmp_path / "run")
+    assert rho1.resume(tmp_path / "run").status == "finished"  # the refusal left no lock
+    with pytest.raises(InputError, match=r"--loss: expected slm, got ce"):
+        rho1.train(small_config(place / "text"), tmp_path / "other")
+
+
+def test_scores_that_do_not_tell_tokens_apart_are_told_once(place: Path, tmp_path: Path) -> None:
+    seen = []
+
+    class Listening(QuietReporter):
+        def warn(self, text: str) -> None:
+            seen.append(text)
+
+    config = config_of(place, init=place / "reference", lr=1e-9, warmup_steps=0, preset="demo", steps=4)
+    rho1.train(config, tmp_path / "run", reporter=Listening())
+    assert len(seen) == 1
+    assert "tokens have the very score of the threshold" in seen[0]
+    assert "as when the model is the reference model itself" in seen[0]
+
+
+# Refusals
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "context": ({"seq_len": 32}, r"--seq-len: expected 16, the context of the scores in .*, got 32"),
+    "no scores": (
+        {"scores": Path("/none")},
+        r"expected a folder that `fastlm score` wrote .*, found none at /none",
+    ),
+    "vocabulary": ({"vocab_size": 300}, r"vocab_size must not be given with tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_does_not_fit_is_refused(place: Path, tmp_path: Path, name: str) -> None:
+    changes, text = REFUSALS[name]
+    with pytest.raises(InputError, match=text):
+        rho1.train(config_of(place, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
+    training.train(small_config(place / "text", steps=1, vocab_size=280), tmp_path / "other")
+    with pytest.raises(
+        InputError, match=r"--tokenizer: expected the tokenizer of the scores in .*, got another one"
+    ):
+        rho1.train(config_of(place, tokenizer=tmp_path / "other"), tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"--init: expected the tokenizer of the scores in .*, got another one"
+    ):
+        rho1.train(config_of(place, init=tmp_path / "other", lr=1e-3, preset="demo"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_was_not_scored_is_refused(place: Path, tmp_path: Path) -> None:
+    text = shutil.copytree(place / "text", tmp_path / "text")
+    for number in (3, 4):  # one of them at least is on the training side
+        (text / f"module_{number}.py").write_text(f"print('new {number}')\n")
+    with pytest.raises(
+        InputError, match=r"has no losses for [1-9] of the \d training documents \(the first is number"
+    ):
+        rho1.train(config_of(place, data=text), tmp_path / "run")
+
+
+def test_any_split_of_the_same_files_is_covered(place: Path, tmp_path: Path) -> None:
+    for held_out in (0.01, 0.5, 0.9):
+        config = config_of(place, held_out=held_out, steps=1)
+        assert rho1.train(config, tmp_path / str(held_out)).status == "finished"
+
+
+def test_entropies_are_needed_for_scores_by_them(place: Path, tmp_path: Path) -> None:
+    settings = {"context": 16, "threads": 1, "dtype": "fp32"}
+    rho1.score_text(place / "reference", place / "text", tmp_path / "scores", **settings)
+    for score in ("ref_entropy", "intersection"):
+        with pytest.raises(InputError, match=rf"--score: {score} needs entropies, and .* was scored without"):
+            rho1.train(config_of(place, scores=tmp_path / "scores", score=score), tmp_path / "run")
+
+
+def test_plain_token_ids_cannot_guide_a_text(place: Path, tmp_path: Path) -> None:
+    model = load_run(place / "reference").model
+    rho1.score(model, [[1, 2, 3]], tmp_path / "scores", context=16)
+    with pytest.raises(InputError, match=r"expected scores of a tokenizer's text, got .* plain token ids"):
+        rho1.train(config_of(place, scores=tmp_path / "scores"), tmp_path / "run")
+
+
+def test_another_arithmetic_is_told(place: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    objective = objective_of(place, "excess")
+    data = open_data(place / "reference" / "data")
+    objective.prepare(config_of(place), data, "bf16", None, seen.append)
+    assert "computed in fp32 and the run computes in bf16" in seen[0]
+
+
+@pytest.mark.parametrize("score", NEEDS_SCORES)
+def test_scores_are_needed(score: str) -> None:
+    with pytest.raises(InputError, match=rf"expected a folder of scores for --score {score}, got none"):
+        SelectiveLoss(keep=0.5, score=score, store=None)
+
+
+def test_scores_are_not_needed_for_chance_and_loss(place: Path, tmp_path: Path) -> None:
+    for score in ("random", "loss"):
+        config = config_of(place, scores=None, score=score, vocab_size=300, steps=2)
+        assert rho1.train(config, tmp_path / score).objective == {"name": "slm", "scores": None}
+
+
+def test_the_plain_loss_is_the_one_of_an_evaluation(place: Path) -> None:
+    """`loss` with all tokens is `row_loss` divided, which evaluations use: one path for both."""
+    objective = objective_of(place, "loss", keep=1.0)
+    _, sampler = prepared(place, objective)
+    model, row = load_run(place / "reference").model, sampler.row(2)
+    step = objective.begin([row], 0)
+    assert float(step.loss(model, 0, "fp32", None).detach()) == pytest.approx(
+        float(row_loss(model, row, "fp32").detach()) / row.num_targets
+    )
