@@ -123,7 +123,7 @@ def test_a_steps_loss_is_the_mean_over_all_that_it_selects(place: Path, score: s
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=2e-6, rtol=1e-4)
     valid = sum(row.num_targets for row in rows)
-    assert numbers.log["selected"] == pytest.approx(int(chosen.sum()) / valid)
+    assert numbers.log["selected_fraction"] == pytest.approx(int(chosen.sum()) / valid)
     if score in ("excess", "loss"):
         assert numbers.nats == pytest.approx(float(losses.detach().sum()), abs=1e-3)
         assert numbers.log["full_loss"] == pytest.approx(float(losses.detach().sum()) / valid, abs=1e-5)
@@ -193,7 +193,7 @@ def test_keeping_all_is_plain_training(place: Path, tmp_path: Path, score: str) 
     training.train(small_config(place / "text", steps=6, **tokenizer), tmp_path / "plain")
     rho1.train(config_of(place, keep=1.0, score=score, steps=6), tmp_path / "slm")
     if score == "intersection":  # of two whole sets
-        assert RunLog(tmp_path / "slm").read()[1]["selected"] == 1.0
+        assert RunLog(tmp_path / "slm").read()[1]["selected_fraction"] == 1.0
     plain, slm = final_weights(tmp_path / "plain"), final_weights(tmp_path / "slm")
     assert [name for name in plain if not torch.equal(plain[name], slm[name])] == []
     loss = {
@@ -210,10 +210,10 @@ def test_keeping_nothing_trains_nothing(place: Path, tmp_path: Path, score: str)
     config = config_of(place, keep=0.0, score=score, steps=2, weight_decay=0.0)
     rho1.train(config, tmp_path / "slm")
     steps = [entry for entry in RunLog(tmp_path / "slm").read() if entry["kind"] == "step"]
-    assert [(entry["loss"], entry["grad_norm"], entry["selected"]) for entry in steps] == [
+    assert [(entry["loss"], entry["grad_norm"], entry["selected_fraction"]) for entry in steps] == [
         (0.0, 0.0, 0.0)
     ] * 2
-    assert all(entry["threshold"] is None for entry in steps)
+    assert all(entry["selection_threshold"] is None for entry in steps)
     json.dumps(steps, allow_nan=False)
 
 
@@ -230,11 +230,11 @@ def test_the_log_tells_what_was_selected(place: Path, tmp_path: Path, score: str
     for entry in RunLog(tmp_path / "run").read():
         if entry["kind"] != "step":
             continue
-        share = entry["selected"]
+        share = entry["selected_fraction"]
         assert (0.3 < share < 0.6) if score == "intersection" else share == pytest.approx(0.6, abs=0.02)
         assert entry["score_selected"] > entry["score_unselected"]
         if score != "intersection":
-            assert entry["score_selected"] >= entry["threshold"]
+            assert entry["score_selected"] >= entry["selection_threshold"]
         assert ("full_loss" in entry) == (score in ("excess", "loss"))
 
 

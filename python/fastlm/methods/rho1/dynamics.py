@@ -24,12 +24,12 @@ from fastlm.models.samba import SambaForCausalLM
 from fastlm.training.batches import IGNORE_INDEX, Piece, evaluation_rows, pack
 from fastlm.training.checkpoint import CheckpointFolder
 from fastlm.training.corpus import find_corpus, read_documents
-from fastlm.training.data import BYTE_OF_LETTER, open_data
+from fastlm.training.data import open_data
 from fastlm.training.errors import InputError
 from fastlm.training.evaluation import autocast
 from fastlm.training.loading import load_run
 from fastlm.training.shards import ShardWriter, TokenStore
-from fastlm.training.tokenizer import END_OF_TEXT, mark_of
+from fastlm.training.tokenizer import mark_of, spelling_of
 
 CLASSES = ("H→L", "L→H", "L→L", "H→H")
 MEANINGS = ("learnt", "unlearnt", "known throughout", "never learnt")
@@ -195,7 +195,7 @@ def losses_over_training(
         tokens,
         documents,
         before,
-        _spelling(first.tokenizer),
+        tuple(spelling_of(first.tokenizer)),
     )
 
 
@@ -266,12 +266,3 @@ def _losses(
             nll = model.loss(hidden, shift_labels=row.shift_labels, reduction="none")
         found.append(nll.flatten()[row.shift_labels.flatten() != IGNORE_INDEX].float())
     return torch.cat(found).numpy()
-
-
-def _spelling(tokenizer: Tokenizer) -> tuple[bytes, ...]:
-    """Bytes of every token of a byte-level vocabulary; none for the mark between documents."""
-    table = [b""] * tokenizer.get_vocab_size()
-    for text, number in tokenizer.get_vocab().items():
-        if text != END_OF_TEXT:
-            table[number] = bytes(BYTE_OF_LETTER[letter] for letter in text)
-    return tuple(table)

@@ -208,6 +208,7 @@ class _RankedByPass:
             threshold=float(stats.threshold),
             tied=int(stats.num_tied),
         )
+        self.totals.nonfinite += int(stats.num_nonfinite)
         self.totals.nats += float(stats.nll.sum())
         return loss
 
@@ -239,6 +240,7 @@ class _RankedByStep:
         self.totals = _Totals()
         tied = int((eligible & (scores == threshold)).sum())
         self.totals.add(scores, eligible, chosen, threshold=threshold, tied=tied)
+        self.totals.nonfinite = int(valid.sum()) - int(eligible.sum())
         self.targets, self.selected = int(valid.sum()), int(chosen.sum())
         kept = torch.where(chosen, labels, IGNORE_INDEX)
         self.kept = kept.split([row.shift_labels.shape[1] for row in rows])
@@ -277,7 +279,7 @@ class _Totals:
     """Sums over the passes of a step, for the log."""
 
     def __init__(self) -> None:
-        self.eligible = self.selected = self.tied = 0
+        self.eligible = self.selected = self.tied = self.nonfinite = 0
         self.sum_selected = self.sum_unselected = self.nats = 0.0
         self.thresholds: list[float] = []
 
@@ -294,9 +296,10 @@ class _Totals:
         finite = [threshold for threshold in self.thresholds if math.isfinite(threshold)]
         unselected = self.eligible - self.selected
         return {
-            "selected": self.selected / max(1, self.eligible),
-            "threshold": sum(finite) / len(finite) if finite else None,
+            "selected_fraction": self.selected / max(1, self.eligible),
+            "selection_threshold": sum(finite) / len(finite) if finite else None,
             "score_selected": self.sum_selected / self.selected if self.selected else None,
             "score_unselected": self.sum_unselected / unselected if unselected else None,
-            "tied": self.tied,
+            "tied_at_threshold": self.tied,
+            "nonfinite_scores": self.nonfinite,
         }
