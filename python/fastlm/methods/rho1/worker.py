@@ -27,6 +27,7 @@ from fastlm.methods.rho1.score_files import (
 )
 from fastlm.methods.rho1.store import load_layout
 from fastlm.training.atomic import is_leftover
+from fastlm.training.memory import keep_freed_memory
 from fastlm.training.stopping import StopRequestedError, StopRequests
 
 MODEL = "model.pt"
@@ -88,6 +89,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and that one decides
     manifest = load_manifest(folder)
     torch.set_num_threads(manifest.threads)
+    keep_freed_memory()
     with StopRequests() as stop:
 
         def between(predictions: int) -> None:
@@ -98,6 +100,7 @@ def main(arguments: list[str]) -> int:
                 raise StopRequestedError
 
         try:
+            # A pickle, but of our own parent, in a folder of its own that is gone with it: any class of model can travel.
             model = torch.load(temporary / MODEL, weights_only=False, mmap=True)
             layout = load_layout(folder, manifest)
             scorer = PartScorer(model, GatheredTokens.open(temporary), layout, manifest)
