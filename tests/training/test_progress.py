@@ -13,7 +13,10 @@ from fastlm.training.progress import (
     PlainReporter,
     QuietReporter,
     StepReport,
+    WorkRate,
+    WorkReport,
     describe,
+    describe_work,
     make_reporter,
 )
 
@@ -63,3 +66,40 @@ def test_the_kind_of_output_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(make_reporter()) is PlainReporter
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     assert type(make_reporter()) is LiveReporter
+
+
+# Other work
+
+
+def test_the_speed_of_work_is_that_of_the_last_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    rate = WorkRate(10_000, 2_000, "tokens")
+    for _ in range(100):  # slow at first
+        now += 10.0
+        rate.advanced(10)
+    for _ in range(progress.RATE_REPORTS):
+        now += 1.0
+        report = rate.advanced(100)
+    assert (report.done, report.total, report.unit) == (6_200, 10_000, "tokens")
+    assert report.per_second == pytest.approx(100.0)
+    assert report.seconds_left == pytest.approx(38.0)
+    assert rate.advanced(10**6).done == 10_000
+
+
+def test_work_is_shown_like_steps() -> None:
+    report = WorkReport(1_500, 20_000, "tokens", 250.4, 74.0)
+    assert describe_work(report) == "1,500 of 20,000 tokens · 250 tokens/s · 1:14 left"
+    console = Console(file=io.StringIO(), force_terminal=True, width=90)
+    live = LiveReporter(console)
+    live.work(report)
+    live.close()
+    assert "1,500 of 20,000 tokens" in console.file.getvalue()  # type: ignore[attr-defined]
+    quiet = Console(file=io.StringIO())
+    QuietReporter(quiet).work(report)
+    assert quiet.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_a_step_without_every_tokens_loss_has_no_bits_per_byte() -> None:
+    shown = describe(StepReport(3, 9, 4.1, None, 10.0, None), 1.8)
+    assert shown == "step 3/9 · 10 tokens/s · loss 4.10 · held-out 1.80"

@@ -12,7 +12,7 @@ import torch
 
 import fastlm
 from fastlm.models.samba import SambaForCausalLM
-from fastlm.training import InputError, RunError, RunRecord, load_record, resume, train, trainer
+from fastlm.training import InputError, RunError, RunRecord, load_record, objective, resume, train, trainer
 from fastlm.training.batches import IGNORE_INDEX, PackedSampler, pack
 from fastlm.training.checkpoint import CheckpointFolder
 from fastlm.training.data import open_data
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
             return loss
         return loss * float("nan") if broken == "loss" else loss + (loss - loss.detach()) * float("inf")
 
-    monkeypatch.setattr(trainer, "row_loss", spoiled)
+    monkeypatch.setattr(objective, "row_loss", spoiled)
     with pytest.raises(
         RunError, match=r"training: step 5 gave loss .* the checkpoint of step 4 is from before"
     ):

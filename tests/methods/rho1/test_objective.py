@@ -184,6 +184,35 @@ def test_passes_of_a_step_select_what_one_pass_would(place: Path, score: str) ->
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("score", ["excess", "ref_loss"])
+def test_tokens_without_a_finite_reference_are_never_selected(
+    place: Path, monkeypatch: pytest.MonkeyPatch, score: str
+) -> None:
+    objective = objective_of(place, score)
+    _, sampler = prepared(place, objective)
+    whole = objective.reference
+
+    def spoiled(row: Any, name: str) -> torch.Tensor:
+        values = whole(row, name)
+        values[::3], values[::6] = float("nan"), float("-inf")
+        return values
+
+    monkeypatch.setattr(objective, "reference", spoiled)
+    model, rows = load_run(place / "reference").model, [sampler.row(0), sampler.row(1)]
+    step = objective.begin(rows, 0)
+    losses = [step.loss(model, index, "fp32", None) for index in range(2)]
+    sum(losses).backward()
+    log = step.numbers().log
+    predicted = [row.shift_labels[0] != -100 for row in rows]
+    unknown = sum(int(valid[::3].sum()) for valid in predicted)
+    eligible = [int(valid.sum()) - int(valid[::3].sum()) for valid in predicted]
+    assert log["nonfinite_scores"] == unknown > 0
+    counts = [count_selected(0.6, n) for n in eligible]
+    selected = sum(counts) if score == "excess" else count_selected(0.6, sum(eligible))
+    assert log["selected_fraction"] == pytest.approx(selected / sum(eligible))
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
 # Extremes
 
 
@@ -268,6 +297,12 @@ def _train_and_die(config: TrainConfig, out: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     rho1.train(config, out, reporter=Deadly())
+
+
+def test_experts_train_on_selected_tokens_too(place: Path, tmp_path: Path) -> None:
+    for score in ("excess", "ref_loss"):
+        record = rho1.train(config_of(place, preset="tiny_moe", score=score, steps=2), tmp_path / score)
+        assert record.status == "finished"
 
 
 def test_a_run_keeps_its_scores(place: Path, tmp_path: Path) -> None:
