@@ -24,9 +24,8 @@ from bench.rho1_documents import Document, make_documents, of_kind
 from bench.rho1_noise import CLEAN, KINDS, MIXED
 from fastlm.training.atomic import new_folder, write_json
 from fastlm.training.corpus import TextFile, path_fraction
-from fastlm.training.data import BYTE_OF_LETTER
 from fastlm.training.errors import RunError
-from fastlm.training.tokenizer import END_OF_TEXT, load_tokenizer, mark_of, train_tokenizer
+from fastlm.training.tokenizer import load_tokenizer, mark_of, spelling_of, train_tokenizer
 
 # Shares of the training tokens by kind of document; about half of the mixed tokens are noise.
 SHARES = {
@@ -141,11 +140,7 @@ def open_corpus(folder: Path, sizes: CorpusSizes) -> LabelledCorpus:
         raise RunError(
             f"corpus: the digest of {folder / 'arrays.npz'} is wrong; delete the folder and start again"
         )
-    spelling = [b""] * tokenizer.get_vocab_size()
-    for text, number in tokenizer.get_vocab().items():
-        if text != END_OF_TEXT:
-            spelling[number] = bytes(BYTE_OF_LETTER[letter] for letter in text)
-    return LabelledCorpus(sides, spelling, manifest)
+    return LabelledCorpus(sides, spelling_of(tokenizer), manifest)
 
 
 def _side(arrays: dict[str, Any], side: str) -> Documents:

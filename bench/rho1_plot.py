@@ -176,12 +176,15 @@ def selection(record: dict[str, Any], path: Path, variant: str = SHOWN) -> None:
         stops = [f"{stop - 1}" for stop in (*buckets[1:], record["sizes"]["seq_len"])]
         spans = [f"{a}" if str(a) == b else f"{a} to {b}" for a, b in zip(buckets, stops, strict=True)]
         axes[1][1].set_xticks(range(len(buckets)), spans)
-        axes[0][0].legend(fontsize=7, ncol=2)
+        axes[0][0].legend(fontsize=7, ncol=4, loc="upper center")
         axes[1][0].legend(fontsize=8)
     axes[0][0].axhline(keep, color="gray", ls=":", lw=1)
     axes[0][1].axvline(keep, color="gray", ls=":", lw=1)
     axes[1][1].axhline(keep, color="gray", ls=":", lw=1)
-    axes[0][0].set(xlabel="tokens of training (millions)", ylabel="share selected (dotted: k)", ylim=(0, 1))
+    axes[0][0].set(
+        xlabel="tokens of training (millions)", ylabel="share selected (dotted: k)", ylim=(0, 1.15)
+    )
+    axes[0][0].set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes[0][1].set(xlabel="share selected, last quarter of training", xlim=(0, 1))
     axes[1][0].set(xlabel="tokens of training (millions)", ylabel="training loss, nats per token")
     axes[1][1].set(
