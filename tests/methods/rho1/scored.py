@@ -52,7 +52,6 @@ def direct_losses(model: Any, tokens: np.ndarray, context: int | None) -> tuple[
 
 def score_small(out: Path, **changes: Any) -> None:
     """What the processes of the tests do."""
-    torch.set_num_threads(1)
     rho1.score(small_model(), small_documents(), out, **{**SETTINGS, "context": 16, **changes})
 
 

@@ -203,7 +203,6 @@ def test_damage_is_told_with_what_repairs_it(scores: Path, name: str) -> None:
 
 
 def test_a_part_of_other_scores_is_refused(scores: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     rho1.score(small_model(seed=1), small_documents(), tmp_path / "t", context=16, entropy=True, **SETTINGS)
     shutil.copy(tmp_path / "t" / part_name(0), scores / part_name(0))
     with pytest.raises(

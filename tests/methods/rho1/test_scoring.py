@@ -24,13 +24,7 @@ from tests.methods.rho1.scored import (
     small_model,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("context", [None, 16, 7, 1])
