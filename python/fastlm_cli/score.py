@@ -131,14 +131,14 @@ _DEFAULTS = {"dtype": "auto", "workers": 1, "held_out": 0.03, "context": 512}
 
 
 def _command(run: Path, **settings: Any) -> str:
-    """The line that goes on with this."""
-    words = ["fastlm", "score", str(run)]
+    """The line that goes on with this, from any folder."""
+    words = ["fastlm", "score", str(run.absolute())]
     for name, value in settings.items():
         if value is None or value is False or _DEFAULTS.get(name) == value:
             continue
         words.append("--" + name.replace("_", "-"))
         if value is not True:
-            words.append(str(value))
+            words.append(str(value.absolute() if isinstance(value, Path) else value))
     return shlex.join(words)
 
 

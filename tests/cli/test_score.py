@@ -114,7 +114,7 @@ def test_a_damaged_file_is_told_with_the_command_that_repairs_it(place: Path, tm
 
 def test_the_command_to_go_on_repeats_what_was_given() -> None:
     command = _command(
-        Path("my run"),
+        Path("/my run"),
         out=Path("s"),
         data=None,
         context=512,
@@ -127,7 +127,8 @@ def test_the_command_to_go_on_repeats_what_was_given() -> None:
         batch_tokens=None,
         part_tokens=None,
     )
-    assert command == "fastlm score 'my run' --out s --entropy --workers 3 --max-bytes 5"
+    out = shlex.quote(str(Path("s").absolute()))
+    assert command == f"fastlm score '/my run' --out {out} --entropy --workers 3 --max-bytes 5"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -254,16 +254,23 @@ def _is_ours(name: str) -> bool:
 @contextmanager
 def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
     """A folder of this process inside the scores' folder, gone afterwards with those of processes that died."""
-    _remove_abandoned(folder)
     path = folder / f"{name}{TEMPORARY_MARK}-{os.getpid()}"
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
-    lock = FolderLock(path)
+    claims = Claims(folder)
+    try:
+        with (
+            claims.setup()
+        ):  # else another process could take a folder that is not locked yet for an abandoned one
+            _remove_abandoned(folder)
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+            lock = FolderLock(path)
+    finally:
+        claims.close()
     try:
         yield path
     finally:
-        lock.release()
         shutil.rmtree(path, ignore_errors=True)
+        lock.release()
         _remove_abandoned(folder)
 
 
@@ -349,21 +356,28 @@ def _drop_damaged(
 ) -> None:
     """Removes files that are not the part their name says, so that they are scored again."""
     digest = manifest.digest()
-    for number in range(layout.num_parts):
-        path = folder / part_name(number)
+
+    def damage(number: int) -> str | None:
         try:
             file = open_part(folder, manifest, number, digest)
             if check:
                 check_content(file)
         except FileNotFoundError:
-            continue
+            return None
         except ValueError as error:
-            if claims.take(number):
-                try:
-                    path.unlink(missing_ok=True)
-                finally:
-                    claims.give(number)
-                reporter.warn(f"{path.name}: {reason(error)}; it is scored again")
+            return reason(error)
+        return None
+
+    for number in range(layout.num_parts):
+        if damage(number) is None or not claims.take(number):
+            continue
+        try:
+            found = damage(number)  # perhaps another process has just written it again
+            if found is not None:
+                (folder / part_name(number)).unlink(missing_ok=True)
+                reporter.warn(f"{part_name(number)}: {found}; it is scored again")
+        finally:
+            claims.give(number)
 
 
 # Arguments
