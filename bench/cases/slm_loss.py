@@ -16,7 +16,7 @@ from ..case import BOTH, DTYPES, FORWARD, Call, Case, Contender, Inputs, Target,
 from ..peers import definition, member, operator, package
 
 EAGER, CHUNKED = "logits stored", "F.linear_cross_entropy, chunks"
-TWO_PASSES = "losses, then F.linear_cross_entropy of the chosen"
+TWO_PASSES = "losses, then chunks of the chosen"
 KEEP = 0.6
 _RATES = {"fp32": 75e9, "bf16": 150e9}
 _SPEEDUPS = {"fp32": 1.7, "bf16": 5}
