@@ -6,6 +6,13 @@
 
 #include "adapter/tensor.h"
 
+// The key the twins are registered under: CPU where the device is emulated (tests only).
+#ifdef FASTLM_EMULATE_CUDA
+#define FASTLM_CUDA_KEY CPU
+#else
+#define FASTLM_CUDA_KEY CUDA
+#endif
+
 namespace fastlm {
 
 using torch::stable::accelerator::DeviceGuard;

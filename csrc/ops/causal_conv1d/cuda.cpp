@@ -113,7 +113,7 @@ Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, A
 }  // namespace
 }  // namespace fastlm::causal_conv1d
 
-STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastlm, FASTLM_CUDA_KEY, m) {
   m.impl("causal_conv1d", TORCH_BOX(&fastlm::causal_conv1d::forward));
   m.impl("causal_conv1d_backward", TORCH_BOX(&fastlm::causal_conv1d::backward));
   m.impl("causal_conv1d_update", TORCH_BOX(&fastlm::causal_conv1d::update));
