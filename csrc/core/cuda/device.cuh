@@ -116,6 +116,17 @@ __device__ __forceinline__ void pause() { __nanosleep(20); }
 
 #endif
 
+// Threads of a block that work together on one tile, of which a block may hold several kinds side by side. What computes a tile
+// takes its Team, counts threads and waits by it, and never names threadIdx or __syncthreads.
+template <int kSize>
+struct Team {
+  static_assert(kSize % 32 == 0);
+  static constexpr int kThreads = kSize;
+  int thread;   // 0 to kSize - 1
+  int barrier;  // 1 to 15, one for each team of a block
+  __device__ __forceinline__ void sync() const { sync_named(barrier, kSize); }
+};
+
 // Two elements as one register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
