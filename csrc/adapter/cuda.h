@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#ifndef FASTLM_EMULATE_CUDA
 #include <torch/csrc/stable/accelerator.h>
+#endif
 
 #include "adapter/tensor.h"
 
@@ -15,7 +17,13 @@
 
 namespace fastlm {
 
+#ifdef FASTLM_EMULATE_CUDA
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+#else
 using torch::stable::accelerator::DeviceGuard;
+#endif
 
 // torch's current stream on the device of `t`.
 cudaStream_t current_stream(const Tensor& t);

@@ -1,12 +1,13 @@
 // Launches of backward.cuh.
 #include "core/cuda/dispatch.h"
+#include "core/cuda/launch.h"
 #include "ops/causal_conv1d/cuda/backward.cuh"
 #include "ops/causal_conv1d/cuda/launch.h"
 
 namespace fastlm::causal_conv1d::cuda {
 namespace {
 
-unsigned int limited(int64_t n, int64_t limit) { return static_cast<unsigned int>(n < limit ? n : limit); }
+using fastlm::cuda::limited;
 
 int64_t pieces_per_row(const Params& p, bool channel_last) {
   const int64_t piece = channel_last ? kStepsRows : kThreads * kStepsChannels;
@@ -19,10 +20,10 @@ void launch(const BackwardParams& p, bool channel_last, cudaStream_t stream) {
   if (channel_last) {
     const dim3 grid(static_cast<unsigned int>((p.dim + kThreads - 1) / kThreads), limited(pieces, 65535),
                     limited(p.batch, 65535));
-    backward_rows<T, kWidth><<<grid, kThreads, 0, stream>>>(p, pieces);
+    fastlm::cuda::launch<backward_rows<T, kWidth>>(grid, kThreads, 0, stream, p, pieces);
   } else {
     const dim3 grid(static_cast<unsigned int>(pieces), limited(p.dim, 65535), limited(p.batch, 65535));
-    backward_channels<T, kWidth><<<grid, kThreads, 0, stream>>>(p, pieces);
+    fastlm::cuda::launch<backward_channels<T, kWidth>>(grid, kThreads, kThreads * sizeof(acc_t<T>), stream, p, pieces);
   }
 }
 
@@ -51,13 +52,13 @@ cudaError_t launch_backward(const BackwardParams& p, DType dtype, bool channel_l
     }
     const int64_t columns = (p.width + 1) * p.dim;
     if (columns > 0) {
-      reduce_partial<A><<<limited((columns + 127) / 128, 65535), 128, 0, stream>>>(
-          static_cast<const A*>(p.partial), num_partials(p, channel_last), p.dim, p.width, static_cast<A*>(dweight),
-          static_cast<A*>(dbias));
+      fastlm::cuda::launch<reduce_partial<A>>(dim3(limited((columns + 127) / 128, 65535)), 128, 0, stream,
+                                              static_cast<const A*>(p.partial), num_partials(p, channel_last), p.dim, p.width,
+                                              static_cast<A*>(dweight), static_cast<A*>(dbias));
     }
     const int64_t state_items = num_states * p.dim * (p.width - 1);
     if (p.dinitial_states != nullptr && state_items > 0) {
-      initial_state_grad<T><<<limited((state_items + 255) / 256, 4096), 256, 0, stream>>>(p, num_states);
+      fastlm::cuda::launch<initial_state_grad<T>>(dim3(limited((state_items + 255) / 256, 4096)), 256, 0, stream, p, num_states);
     }
   });
   return cudaGetLastError();

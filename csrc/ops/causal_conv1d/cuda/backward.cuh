@@ -121,7 +121,7 @@ __device__ A block_sum(A value, A* shared) {
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) backward_channels(const BackwardParams p, int64_t pieces_per_row) {
   using A = acc_t<T>;
-  __shared__ A shared[kThreads];
+  A* shared = reinterpret_cast<A*>(fastlm::cuda::shared_memory());  // (kThreads,)
   const int width = kWidth > 0 ? kWidth : static_cast<int>(p.width);
   for (int64_t batch = blockIdx.z; batch < p.batch; batch += gridDim.z) {
     for (int64_t channel = blockIdx.y; channel < p.dim; channel += gridDim.y) {

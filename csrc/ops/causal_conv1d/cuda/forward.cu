@@ -1,23 +1,24 @@
 // Launches of forward.cuh.
 #include "core/cuda/dispatch.h"
+#include "core/cuda/launch.h"
 #include "ops/causal_conv1d/cuda/forward.cuh"
 #include "ops/causal_conv1d/cuda/launch.h"
 
 namespace fastlm::causal_conv1d::cuda {
 namespace {
 
-unsigned int limited(int64_t n, int64_t limit) { return static_cast<unsigned int>(n < limit ? n : limit); }
+using fastlm::cuda::limited;
 
 template <class T, int kWidth>
 void launch(const Params& p, bool channel_last, cudaStream_t stream) {
   if (channel_last) {
     const dim3 grid(static_cast<unsigned int>((p.dim + kThreads - 1) / kThreads),
                     limited((p.seqlen + kStepsRows - 1) / kStepsRows, 65535), limited(p.batch, 65535));
-    forward_rows<T, kWidth><<<grid, kThreads, 0, stream>>>(p);
+    fastlm::cuda::launch<forward_rows<T, kWidth>>(grid, kThreads, 0, stream, p);
   } else {
     const int64_t piece = kThreads * kStepsChannels;
     const dim3 grid(static_cast<unsigned int>((p.seqlen + piece - 1) / piece), limited(p.dim, 65535), limited(p.batch, 65535));
-    forward_channels<T, kWidth><<<grid, kThreads, 0, stream>>>(p);
+    fastlm::cuda::launch<forward_channels<T, kWidth>>(grid, kThreads, 0, stream, p);
   }
 }
 
@@ -42,7 +43,8 @@ cudaError_t launch_forward(const Params& p, DType dtype, bool channel_last, cuda
           launch<T, 0>(p, channel_last, stream);
       }
     }
-    if (state_items > 0) final_states<T><<<limited((state_items + 255) / 256, 4096), 256, 0, stream>>>(p, states);
+    if (state_items > 0)
+      fastlm::cuda::launch<final_states<T>>(dim3(limited((state_items + 255) / 256, 4096)), 256, 0, stream, p, states);
   });
   return cudaGetLastError();
 }

@@ -2,7 +2,7 @@
 // (cu_seqlens), or document ids (seq_idx; only as far as the filter reaches). Everything read is clamped into the row.
 #pragma once
 
-#include "core/cuda/element.cuh"
+#include "core/cuda/device.cuh"
 #include "ops/causal_conv1d/params.h"
 
 namespace fastlm::causal_conv1d::cuda {

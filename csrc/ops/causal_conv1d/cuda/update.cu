@@ -1,5 +1,6 @@
 // Launches of update.cuh.
 #include "core/cuda/dispatch.h"
+#include "core/cuda/launch.h"
 #include "ops/causal_conv1d/cuda/launch.h"
 #include "ops/causal_conv1d/cuda/update.cuh"
 
@@ -9,7 +10,7 @@ cudaError_t launch_update(const UpdateParams& p, DType dtype, cudaStream_t strea
   if (total == 0) return cudaSuccess;
   const int64_t blocks = (total + 127) / 128;
   fastlm::cuda::visit_dtype(
-      dtype, [&]<class T>() { update<T><<<static_cast<unsigned int>(blocks < 65535 ? blocks : 65535), 128, 0, stream>>>(p); });
+      dtype, [&]<class T>() { fastlm::cuda::launch<update<T>>(dim3(fastlm::cuda::limited(blocks, 65535)), 128, 0, stream, p); });
   return cudaGetLastError();
 }
 

@@ -2,7 +2,7 @@
 // Slots that do not exist are treated as padding: the host does not see their numbers.
 #pragma once
 
-#include "core/cuda/element.cuh"
+#include "core/cuda/device.cuh"
 #include "ops/causal_conv1d/params.h"
 
 namespace fastlm::causal_conv1d::cuda {
