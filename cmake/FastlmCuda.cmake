@@ -67,7 +67,8 @@ set_target_properties(fastlm_cuda_kernels PROPERTIES
 add_library(fastlm_cuda_adapters OBJECT csrc/adapter/cuda.cpp ${cuda_adapter_sources})
 target_link_libraries(fastlm_cuda_adapters PRIVATE fastlm_settings Torch::stable)
 target_include_directories(fastlm_cuda_adapters SYSTEM PRIVATE "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}")
-target_compile_definitions(fastlm_cuda_adapters PRIVATE USE_CUDA)
+string(REPLACE ";" ", sm_" _architectures "${FASTLM_CUDA_ARCHITECTURES}")
+target_compile_definitions(fastlm_cuda_adapters PRIVATE USE_CUDA "FASTLM_CUDA_ARCHITECTURES=\"${_architectures}\"")
 
 if(NOT FASTLM_CUDA_COMPILE_ONLY)
   set(FASTLM_CUDA_BUILT true)

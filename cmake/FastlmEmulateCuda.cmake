@@ -12,7 +12,7 @@ set_source_files_properties(${emulated_kernels} PROPERTIES LANGUAGE CXX COMPILE_
 add_library(fastlm_emulated_cuda OBJECT ${emulated_sources})
 target_link_libraries(fastlm_emulated_cuda PRIVATE fastlm_settings Torch::stable)
 target_include_directories(fastlm_emulated_cuda SYSTEM PRIVATE "${FASTLM_CUDA_HEADERS}")
-target_compile_definitions(fastlm_emulated_cuda PRIVATE FASTLM_EMULATE_CUDA)
+target_compile_definitions(fastlm_emulated_cuda PRIVATE FASTLM_EMULATE_CUDA "FASTLM_CUDA_ARCHITECTURES=\"80\"")
 # -O1 after every other -O: kernels unrolled for a device take long to compile at -O3.
 target_compile_options(fastlm_emulated_cuda PRIVATE -O1 -Wno-unknown-pragmas)
 target_link_libraries(fastlm_ops PRIVATE fastlm_emulated_cuda)

@@ -37,6 +37,7 @@ py::dict build_info() {
   cutlass["why_not"] = text_or_none(b::kCutlassWhyNot);
   py::dict cuda;
   cuda["built"] = b::kCuda;
+  cuda["emulated"] = b::kCudaEmulated;
   cuda["architectures"] = split(b::kCudaArchitectures);
   cuda["why_not"] = text_or_none(b::kCudaWhyNot);
   py::dict info;

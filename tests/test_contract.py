@@ -58,8 +58,10 @@ def test_there_are_operators():
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_cuda_twin_registers_what_the_cpu_twin_does(op):
     family = ROOT / "csrc" / "ops" / family_of(op)
-    for twin in family.glob("cuda*.cpp"):
-        assert f'm.impl("{op}"' in twin.read_text(), f"{op}: {twin.relative_to(ROOT)} does not register it"
+    twins = sorted(family.glob("cuda*.cpp"))
+    if twins:
+        text = "".join(twin.read_text() for twin in twins)
+        assert f'm.impl("{op}"' in text, f"{op}: no cuda*.cpp in {family.relative_to(ROOT)} registers it"
 
 
 @pytest.mark.parametrize("op", SCHEMAS)

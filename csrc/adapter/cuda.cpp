@@ -4,6 +4,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "adapter/check.h"
+#include "core/cuda/launch.h"
+
 namespace fastlm {
 
 #ifdef FASTLM_EMULATE_CUDA
@@ -18,6 +21,15 @@ cudaStream_t current_stream(const Tensor& t) {
 
 void check_launch(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return;
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+      status == cudaErrorUnsupportedPtxVersion) {
+    const cuda::Device& device = cuda::current_device();
+    const std::string number = std::to_string(device.major) + std::to_string(device.minor);
+    throw std::runtime_error(
+        join_text(op, ": this build of fastlm has kernels for sm_", FASTLM_CUDA_ARCHITECTURES, " and the device is sm_", number,
+                  device.major < 8 ? "; the operators need compute capability 8.0 or later"
+                                   : "; install it again with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=" + number));
+  }
   throw std::runtime_error(std::string(op) + ": the CUDA launch failed: " + cudaGetErrorString(status));
 }
 

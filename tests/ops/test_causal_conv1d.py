@@ -278,6 +278,7 @@ def test_errors(args, kwargs, text):
         conformance.assert_same_error(function, Call(args, kwargs), ValueError, text)
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(
     ("bounds", "text"),
     [
@@ -292,6 +293,7 @@ def test_errors_in_cu_seqlens(bounds, text):
     conformance.assert_same_error(ops.causal_conv1d, call, ValueError, text, on_meta=False)
 
 
+@pytest.mark.host_values
 def test_error_of_a_document_that_comes_back():
     call = Call((_x(1, 4, 5), _x(4, 4)), {"seq_idx": torch.tensor([[0, 1, 0, 0, 0]])})
     text = "seq_idx must not return to an earlier id within 3 positions, got id 0 again at row 0, position 2"
@@ -333,6 +335,7 @@ def test_errors_of_update(args, kwargs, text):
         conformance.assert_same_error(function, Call(args, kwargs), ValueError, text)
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(
     ("kwargs", "error", "text"),
     [
