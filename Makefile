@@ -9,13 +9,14 @@ PYTEST_ARGS ?=
 
 SOURCES := $(shell find csrc cmake third_party -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test lint cuda-check wheel-check sanitize emulate clean
+.PHONY: help demo test lint cuda-check emulate-cuda wheel-check sanitize emulate clean
 
 help:
 	@echo "make demo         train a Samba model on real text, measure it, generate from it"
 	@echo "make test         build and run every test"
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make cuda-check   compile the CUDA operators for sm_80 and sm_90a without linking (needs nvcc)"
+	@echo "make emulate-cuda the CUDA operators on an emulated device, under sanitizers (needs the CUDA headers, no GPU)"
 	@echo "make wheel-check  build a wheel in isolation, install it in a fresh environment, run it"
 	@echo "make emulate      the AVX-512 levels as emulated AVX2 code, against the reference (needs libsimde-dev)"
 	@echo "make sanitize     operator tests under the address and undefined-behaviour sanitizers, at every level of this CPU"
@@ -64,6 +65,9 @@ wheel-check: $(VENV)/.torch
 
 sanitize: $(VENV)/.dev
 	JOBS=$(JOBS) sh tools/sanitize.sh $(abspath $(BIN)) $(PYTEST_ARGS)
+
+emulate-cuda: $(VENV)/.dev
+	JOBS=$(JOBS) sh tools/emulate_cuda.sh $(abspath $(BIN)) $(PYTEST_ARGS)
 
 emulate: $(VENV)/.dev
 	JOBS=$(JOBS) sh tools/emulate.sh $(abspath $(BIN)) $(PYTEST_ARGS)

@@ -1,0 +1,26 @@
+#!/bin/sh
+# The CUDA operators on the emulated device (csrc/core/cuda/emulation) under the address and undefined-behaviour sanitizers: what the
+# tests of the operators ask of the CPU twins, asked of the sources of the CUDA twins. Usage: emulate_cuda.sh BIN [pytest arguments]
+# Threads run in another order for each of the two architectures. Needs the headers of the CUDA toolkit; no GPU, nothing of its speed.
+set -eu
+bin=$1
+shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+build="$root/build/emulate-cuda"
+"$bin/cmake" -S "$root" -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$bin/python" \
+  -Dpybind11_DIR="$("$bin/python" -m pybind11 --cmakedir)" -DFASTLM_EMULATE_CUDA=ON -DFASTLM_CUDA=OFF \
+  "-DFASTLM_SANITIZE=address;undefined" "-DFASTLM_CPU_LEVELS=default" \
+  "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step"
+"$bin/cmake" --build "$build" --parallel "${JOBS:-2}"
+preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
+tests=""
+for family in causal_conv1d selective_scan selective_state sliding_window scan_swa samba_decode; do
+  for file in "$root/tests/ops/test_$family"*.py; do tests="$tests $file"; done
+done
+for setting in 80:1 90:2; do
+  LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64:max_malloc_fill_size=268435456:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1 \
+    FASTLM_EMULATED_ARCH="${setting%:*}" FASTLM_EMULATED_SCHEDULE="${setting#*:}" \
+    PYTHONPATH="$root/python" FASTLM_LIBRARY_DIR="$build" FASTLM_CPU_CAPABILITY= \
+    "$bin/python" -m pytest -q -p no:cacheprovider --capture=sys -n "${JOBS:-2}" $tests \
+    -k "not compile and not opcheck and not large_call and not every_level and not threads" "$@"
+done
