@@ -42,6 +42,12 @@ struct Sequence {
   int64_t chunk_begin, chunk_end;  // its part of chunk_states, in chunks; may hold one more than the sequence fills
 };
 
+// Where sequences come from on a device, whose values the host does not know. Kernels clamp what they read.
+struct DeviceSequences {
+  const void* cu_seqlens;  // (S+1,) contiguous, or null: the rows of the batch
+  bool cu_seqlens_64;      // int64 instead of int32
+};
+
 struct Params {
   int64_t batch, dim, seqlen, state;  // B, D, L, N
   int64_t groups;                     // G: least common multiple of the groups of B and C
@@ -57,8 +63,9 @@ struct Params {
 
   void* chunk_states;  // (B * (L / kChunk), N, D), accumulation type: state after positions kChunk, 2 kChunk, ... of a sequence
 
-  const Sequence* sequences;
+  const Sequence* sequences;  // CPU
   int64_t num_sequences;
+  DeviceSequences device;  // CUDA
 };
 
 struct ForwardParams : Params {
