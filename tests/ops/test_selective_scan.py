@@ -67,7 +67,7 @@ def test_output_keeps_the_memory_layout(device):
     assert ops.selective_scan(**inputs).stride() == inputs["u"].stride()
 
 
-@pytest.mark.parametrize("scale", [200.0, -0.2])
+@pytest.mark.parametrize("scale", [200.0, -0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exponents_out_of_range(scale, dtype):
     """exp(dt A) that underflows to 0 wipes the state; a positive A lets it grow, finitely over few steps."""
@@ -303,6 +303,7 @@ def test_errors(changes, text):
         conformance.assert_same_error(function, call, ValueError, f"selective_scan: {text}")
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(
     ("bounds", "text"),
     [

@@ -77,7 +77,7 @@ Call::Call(const char* op, const Inputs& inputs) : in(inputs), sequences(make_se
   if (in.z.has_value()) in.z = unit_stride(*in.z);
 }
 
-void Call::fill(Params& p, const Tensor& chunk_states) const {
+void fill_params(Params& p, const Inputs& in, const Tensor& chunk_states) {
   p.batch = in.u.size(0);
   p.dim = in.u.size(1);
   p.seqlen = in.u.size(2);
@@ -101,6 +101,10 @@ void Call::fill(Params& p, const Tensor& chunk_states) const {
     p.initial_state_stride = initial.stride(2);
   }
   p.chunk_states = chunk_states.data_ptr();
+}
+
+void Call::fill(Params& p, const Tensor& chunk_states) const {
+  fill_params(p, in, chunk_states);
   p.sequences = sequences.data();
   p.num_sequences = static_cast<int64_t>(sequences.size());
 }

@@ -33,6 +33,9 @@ struct Inputs {
   OptionalTensor initial_state, cu_seqlens;
 };
 
+// Everything but the sequences, of the tensors as they are.
+void fill_params(Params& p, const Inputs& in, const Tensor& chunk_states);
+
 // The tensors as the kernels read them. Those that have unit stride neither over D nor over L are copied once, and the copies are
 // kept here, as is all that the parameters point to.
 struct Call {

@@ -1,0 +1,8 @@
+// The forward scan of float16.
+#include "ops/selective_scan/cuda/forward_launch.cuh"
+
+namespace fastlm::selective_scan::cuda {
+
+template cudaError_t run_forward<float16>(const ForwardCall&, cudaStream_t);
+
+}  // namespace fastlm::selective_scan::cuda

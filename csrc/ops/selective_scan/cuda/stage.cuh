@@ -1,0 +1,86 @@
+// Tiles of (positions x columns) on their way from global to shared memory; columns are channels (u, delta, z) or states (B, C).
+// A tile keeps the order of its tensor: [position][column] where columns are contiguous, [column][position] where positions are.
+// Full pieces of 16 bytes are copied in the background; ragged, unaligned or scattered ones element by element.
+#pragma once
+
+#include "core/cuda/device.cuh"
+#include "ops/selective_scan/cuda/forward_call.h"
+
+namespace fastlm::selective_scan::cuda {
+
+template <class T, int kSteps, int kColumns>
+struct Tile {
+  static constexpr int kVector = 16 / sizeof(T);
+  static constexpr bool kRowVectors = kColumns % kVector == 0, kColumnVectors = kSteps % kVector == 0;
+  // Rows of positions are 16 bytes longer: columns then lie in different banks.
+  static constexpr int kColumnStride = kSteps + (kColumnVectors ? kVector : 0);
+  static constexpr int kElements = kColumns * kColumnStride > kSteps* kColumns ? kColumns * kColumnStride : kSteps * kColumns;
+  static constexpr int kBytes = (kElements * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+};
+
+// What is staged: `data` is the first position and column of the tile.
+template <class T>
+struct Source {
+  const T* data;
+  int64_t step_stride, column_stride;
+  Order order;
+};
+
+// Steps and columns beyond `steps` and `columns` become zeros. Followed by commit_copies, and a barrier before the tile is read.
+template <int kSteps, int kColumns, class T, int kThreads>
+__device__ __forceinline__ void stage(const fastlm::cuda::Team<kThreads>& team, char* to, const Source<T>& from, int steps,
+                                      int columns) {
+  using Shape = Tile<T, kSteps, kColumns>;
+  constexpr int kVector = Shape::kVector;
+  T* tile = reinterpret_cast<T*>(to);
+  const auto aligned = [&](int64_t stride) { return (reinterpret_cast<uintptr_t>(from.data) | stride * sizeof(T)) % 16 == 0; };
+  if constexpr (Shape::kRowVectors) {
+    if (from.order == Order::kRows && columns % kVector == 0 && aligned(from.step_stride)) {
+      constexpr int kPieces = kColumns / kVector;
+      for (int i = team.thread; i < kSteps * kPieces; i += kThreads) {
+        const int t = i / kPieces, column = i % kPieces * kVector;
+        const bool valid = t < steps && column < columns;
+        fastlm::cuda::copy_async<16>(tile + t * kColumns + column, valid ? from.data + t * from.step_stride + column : from.data,
+                                     valid);
+      }
+      return;
+    }
+  }
+  if constexpr (Shape::kColumnVectors) {
+    if (from.order == Order::kColumns && steps == kSteps && aligned(from.column_stride)) {
+      constexpr int kPieces = kSteps / kVector;
+      for (int i = team.thread; i < kColumns * kPieces; i += kThreads) {
+        const int column = i / kPieces, t = i % kPieces * kVector;
+        const bool valid = column < columns;
+        fastlm::cuda::copy_async<16>(tile + column * Shape::kColumnStride + t,
+                                     valid ? from.data + column * from.column_stride + t : from.data, valid);
+      }
+      return;
+    }
+  }
+  const bool by_columns = from.order == Order::kColumns;
+  for (int i = team.thread; i < kSteps * kColumns; i += kThreads) {
+    const int t = by_columns ? i % kSteps : i / kColumns, column = by_columns ? i / kSteps : i % kColumns;
+    T x{};
+    if (t < steps && column < columns) x = from.data[t * from.step_stride + column * from.column_stride];
+    tile[by_columns ? column * Shape::kColumnStride + t : t * kColumns + column] = x;
+  }
+}
+
+// Reads a staged tile.
+template <class T, int kSteps, int kColumns>
+struct Staged {
+  const T* tile;
+  int step_stride, column_stride;
+
+  __device__ __forceinline__ Staged(const char* from, Order order)
+      : tile(reinterpret_cast<const T*>(from)),
+        step_stride(order == Order::kColumns ? 1 : kColumns),
+        column_stride(order == Order::kColumns ? Tile<T, kSteps, kColumns>::kColumnStride : 1) {}
+
+  __device__ __forceinline__ acc_t<T> at(int t, int column) const {
+    return fastlm::cuda::to_acc(tile[t * step_stride + column * column_stride]);
+  }
+};
+
+}  // namespace fastlm::selective_scan::cuda
