@@ -12,13 +12,19 @@ from tests.support.samples.sample import Call, Recipe
 _POSITIONAL = ("D", "z", "delta_bias", "delta_softplus", "initial_state")
 
 
-def _both(scan: str, attention: str, *, draw: Draw) -> Call:
-    left = selective_scan.RECIPES["selective_scan"][scan](draw=draw)
-    right = sliding_window_attention.RECIPES["sliding_window_attention"][attention](draw=draw)
+def side_by_side(scan: Recipe, attention: Recipe, *, draw: Draw) -> Call:
+    """The arguments of both operators as those of one."""
+    left, right = scan(draw=draw), attention(draw=draw)
     options = dict(left.kwargs)
     middle = [options.pop(name, None) for name in _POSITIONAL]
     options |= {"window_size": (-1, -1)} | right.kwargs
     return Call((*left.args, *middle, *right.args), options)
+
+
+def _both(scan: str, attention: str, *, draw: Draw) -> Call:
+    scans = selective_scan.RECIPES["selective_scan"]
+    attentions = sliding_window_attention.RECIPES["sliding_window_attention"]
+    return side_by_side(scans[scan], attentions[attention], draw=draw)
 
 
 # Name of the sample: samples of the scan and of the attention.

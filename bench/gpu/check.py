@@ -1,0 +1,151 @@
+"""Part `check`: every operator that has a kernel for the device, against the reference and at its edges.
+
+Names of items: `sample/`, `sizes/` and `direct/` compare with float64, `hostile/`, `unaligned/`, `errors/`, `mixed/`, `alone/`,
+`fused/`, `graph/`, `stream/`, `large/` and `model/` are described where they are defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import cuda_only, edges, models, sizes
+from .conform import check_backward_operator, check_sample
+from .item import Item, Settings
+from .operators import registered, schemas, support
+
+# Arguments with one row each, by operator.
+_ROWS: dict[str, tuple[str, ...]] = {
+    "selective_scan": ("u", "delta", "B", "C", "z", "initial_state"),
+    "selective_state_update": ("state", "x", "dt", "B", "C", "z"),
+    "causal_conv1d": ("x", "initial_states"),
+    "causal_conv1d_update": ("x", "conv_state"),
+    "sliding_window_attention": ("q", "k", "v"),
+    "sliding_window_attention_update": ("q", "k", "v", "k_cache", "v_cache", "cache_seqlens"),
+    "samba_decode_step": ("hidden", "conv_state", "scan_state", "k_cache", "v_cache", "cache_seqlens"),
+}
+_CAPTURED = 4  # samples of an operator that are captured, run on a stream, shifted off their alignment
+
+
+def items(settings: Settings) -> list[Item]:
+    """All checks, the quickest verdict on everything first."""
+    library = support()
+    here = registered(settings.device)
+    ops = [op for op in library.operators() if op in here]
+    found = [item for op in ops for item in _samples(op, settings)]
+    found += [item for op in ops for item in _edges(op, settings)]
+    found += [item for op in ops for item in _sizes(op, settings)]
+    if "scan_swa" in here:
+        both = [*library.of("scan_swa"), *sizes.samples("scan_swa", tiny=settings.tiny)]
+        chosen = both[:2] if settings.tiny else both
+        found += [Item(f"fused/{s.name}", lambda context, s=s: edges.check_fused(s, context)) for s in chosen]
+    if all(op in here for op in models.needs()):
+        for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            found += [
+                Item(f"model/forward_{word}", partial(models.check_forward, dtype=dtype), limit=240),
+                Item(f"model/decoding_{word}", partial(models.check_decoding, dtype=dtype), limit=240),
+            ]
+    found += [Item(name, run, limit=240) for name, (op, run) in cuda_only.LARGE.items() if op in here]
+    return found
+
+
+def missing(settings: Settings) -> dict[str, str]:
+    """Operators that cannot be checked, and why."""
+    here, sampled = registered(settings.device), support().operators()
+    reasons = {op: f"no kernel for {settings.device} in this build" for op in schemas() if op not in here}
+    return reasons | {op: "no samples in tests/support/samples" for op in here if op not in sampled}
+
+
+def _chosen(op: str, settings: Settings) -> list[Any]:
+    found = support().of(op)
+    return found[:3] if settings.tiny else found
+
+
+def _samples(op: str, settings: Settings) -> Iterator[Item]:
+    backward = op.endswith("_backward")
+    kind, check = ("direct", check_backward_operator) if backward else ("sample", check_sample)
+    for sample in _chosen(op, settings):
+        yield Item(f"{kind}/{op}/{sample.name}", partial(_on_sample, check, sample))
+
+
+def _on_sample(check: Any, sample: Any, context: Any) -> Any:
+    return check(sample, context)
+
+
+def _sizes(op: str, settings: Settings) -> Iterator[Item]:
+    for sample in sizes.samples(op, tiny=settings.tiny):
+        yield Item(f"sizes/{op}/{sample.name}", partial(_on_sample, check_sample, sample), limit=300)
+
+
+def _edges(op: str, settings: Settings) -> Iterator[Item]:
+    everything = support().of(op)
+    filled = [s for s in everything if not any(word in s.name for word in ("no_", "nothing", "none"))]
+    few = (filled or everything)[: 2 if settings.tiny else _CAPTURED]
+    for sample in _hostile_samples(op, filled, settings):
+        for argument in edges.index_arguments(op, sample):
+            yield Item(
+                f"hostile/{op}/{sample.name}/{argument}",
+                lambda context, s=sample, a=argument: edges.check_hostile(op, s, a, context),
+            )
+    yield Item(f"errors/{op}", lambda context, s=few[0]: edges.check_errors(op, s, context))
+    if settings.device == "cuda":
+        yield Item(f"mixed/{op}", lambda context, s=few[0]: edges.check_mixed_devices(op, s, context))
+    for sample in few + [s for s in everything if s.name in ("bfloat16", "packed", "packed_bfloat16", "rotary_bfloat16")]:
+        yield Item(f"unaligned/{op}/{sample.name}", lambda context, s=sample: edges.check_unaligned(s, context))
+    for sample in few:
+        yield Item(f"graph/{op}/{sample.name}", lambda context, s=sample: cuda_only.check_graph(op, s, context))
+    yield Item(f"stream/{op}", lambda context, s=few[0]: cuda_only.check_stream(op, s, context))
+    for sample in _row_samples(op, settings):
+        run = partial(_rows_alone, sample, _ROWS[op])
+        yield Item(f"alone/{op}/{sample.name}", run)
+
+
+def _rows_alone(sample: Any, along: tuple[str, ...], context: Any) -> Any:
+    return edges.check_alone(sample, along, context)
+
+
+def _hostile_samples(op: str, samples: list[Any], settings: Settings) -> list[Any]:
+    """One sample for every set of index arguments."""
+    seen: set[tuple[str, ...]] = set()
+    chosen = []
+    for sample in samples:
+        names = tuple(edges.index_arguments(op, sample))
+        if names and names not in seen:
+            seen.add(names)
+            chosen.append(sample)
+    return chosen[:1] if settings.tiny else chosen
+
+
+def _row_samples(op: str, settings: Settings) -> list[Any]:
+    """Several rows, each of more than one tile."""
+    if op not in _ROWS:
+        return []
+    library = support()
+    recipes = {name: r for family in library.FAMILIES.values() for name, r in family.RECIPES.items()}[op]
+    bf16 = torch.bfloat16
+    made: dict[str, Any] = {
+        "selective_scan": {"shape": (3, 40, 270), "state": 16, "layout": "channel_last", "dtype": bf16},
+        "causal_conv1d": {"shape": (3, 70, 150), "layout": "channel_last", "dtype": bf16},
+        "sliding_window_attention": {"batch": 3, "queries": 150, "head_dim": 64, "dtype": bf16},
+        "selective_state_update": {"batch": 9, "dim": 140, "state": 16, "dtype": bf16},
+        "causal_conv1d_update": {"batch": 9, "dim": 140, "size": 3, "dtype": bf16},
+        "sliding_window_attention_update": {"seen": (9, 300, 70), "ring": 70, "head_dim": 64, "dtype": bf16},
+        "samba_decode_step": {"seen": (9, 300, 70, 1, 12), "dtype": bf16},
+    }
+    base = {
+        "selective_scan": "everything",
+        "causal_conv1d": "initial",
+        "sliding_window_attention": "window",
+        "selective_state_update": "everything",
+        "causal_conv1d_update": "one_input",
+        "sliding_window_attention_update": "one_new",
+        "samba_decode_step": "model",
+    }[op]
+    found = [library.Sample(op, "rows_bf16", partial(recipes[base], **made[op]))]
+    found.append(library.Sample(op, "rows_fp32", partial(recipes[base], **(made[op] | {"dtype": torch.float32}))))
+    return found[:1] if settings.tiny else found
+
+

@@ -1,0 +1,197 @@
+"""Runs items in worker processes. A worker that dies or hangs costs the item it was at, which is recorded; the next item gets a new
+worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .item import CRASHED, FAILED, HUNG, Item, Outcome, Settings
+
+START_LIMIT = 300.0  # seconds until a worker has loaded torch and the library
+_ANSWERS = "FASTLM_GPU_ANSWERS"
+_LOG_TAIL = 1500  # characters of a dead worker's output that are kept
+
+
+class WorkerError(RuntimeError):
+    """No worker comes up at all."""
+
+
+class _Worker:
+    """One process, asked one item at a time."""
+
+    def __init__(self, part: str, settings: Settings) -> None:
+        read, write = os.pipe()
+        environment = dict(os.environ)
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        environment[_ANSWERS] = str(write)
+        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        words = [sys.executable, "-m", f"{__package__}.worker", part, json.dumps(settings.as_dict())]
+        self._process = subprocess.Popen(
+            words,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            text=True,
+            pass_fds=(write,),
+            start_new_session=True,  # so that it can be ended with whatever it started
+        )
+        os.close(write)
+        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
+        self.stage = ""
+
+    def _listen(self, read: int) -> None:
+        with os.fdopen(read, encoding="utf-8") as lines:
+            for line in lines:
+                self._answers.put(json.loads(line))
+        self._answers.put(None)
+
+    def wait_for(self, key: str, seconds: float) -> dict[str, Any] | str:
+        """The next answer that has `key`; else "died" or "late"."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                answer = self._answers.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                return "late"
+            if answer is None:
+                return "died"
+            if key in answer:
+                return answer
+            self.stage = answer.get("stage", self.stage)
+
+    def ask(self, name: str) -> None:
+        """Sends an item's name."""
+        self.stage = ""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"item": name}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died; wait_for says so
+
+    def end(self) -> str:
+        """Stops the process and what it started; the end of its output."""
+        if self._process.poll() is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        code = self._process.wait()
+        self._log.seek(0)
+        tail = self._log.read()[-_LOG_TAIL:].strip()
+        self._log.close()
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        return f"{how}\n{tail}" if tail else how
+
+    def finish(self) -> None:
+        """Lets an idle process end by itself."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.end()
+
+
+def run_items(
+    part: str,
+    items: Sequence[Item],
+    settings: Settings,
+    *,
+    workers: int,
+    deadline: float,
+    on_result: Callable[[str, Outcome], None],
+) -> list[str]:
+    """Runs the items, several at a time, until all are done or the time is up.
+
+    Args:
+        part: whose items these are.
+        items: in order of importance.
+        settings: for the workers.
+        workers: processes at a time.
+        deadline: on the monotonic clock; an item that would run past it is left undone.
+        on_result: called with name and outcome, one call at a time.
+
+    Returns:
+        Names of items that were left undone.
+
+    Raises:
+        WorkerError: a worker does not even start; the text holds its output.
+    """
+    waiting = deque(items)
+    left: list[str] = []
+    lock = threading.Lock()
+    problems: list[str] = []
+
+    def take() -> Item | None:
+        with lock:
+            return waiting.popleft() if waiting and time.monotonic() < deadline and not problems else None
+
+    def put(name: str, outcome: Outcome) -> None:
+        with lock:
+            on_result(name, outcome)
+
+    def serve() -> None:
+        worker: _Worker | None = None
+        while (item := take()) is not None:
+            if worker is None:
+                worker = _Worker(part, settings)
+                if isinstance(found := worker.wait_for("ready", START_LIMIT), str):
+                    problems.append(f"the worker did not start ({found}): {worker.end()}")
+                    waiting.appendleft(item)
+                    return
+            begin = time.monotonic()
+            limit = min(item.limit, max(1.0, deadline - begin))
+            worker.ask(item.name)
+            answer = worker.wait_for("result", limit)
+            seconds = time.monotonic() - begin
+            if isinstance(answer, dict):
+                result = answer["result"]
+                put(item.name, Outcome(result["status"], result["reason"], seconds, result["data"]))
+                if answer["fatal"]:
+                    worker.end()
+                    worker = None
+                continue
+            where = f" at: {worker.stage}" if worker.stage else ""
+            tail = worker.end()
+            worker = None
+            if answer == "late" and limit < item.limit:
+                left.append(item.name)  # it was the time of the run that ended
+            elif answer == "late":
+                put(item.name, Outcome(HUNG, f"no answer for {limit:.0f} s{where}", seconds))
+            else:
+                put(item.name, Outcome(CRASHED, f"the process died{where}: {tail}", seconds))
+        if worker is not None:
+            worker.finish()
+
+    threads = [threading.Thread(target=serve) for _ in range(max(1, min(workers, len(items))))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise WorkerError(problems[0])
+    return left + [item.name for item in waiting]
+
+
+def answer_pipe() -> int:
+    """In a worker: the file descriptor for its answers."""
+    return int(os.environ[_ANSWERS])
+
+
+__all__ = ["CRASHED", "FAILED", "WorkerError", "answer_pipe", "run_items"]
