@@ -1,5 +1,5 @@
-// The Python module `fastlm._C`: facts about the build, the CPU level and the measured limits of the CPU. It never touches a
-// tensor.
+// The Python module `fastlm._C`: facts about the build, the CPU level and the measured limits of the CPU and of the
+// GPU. It never touches a tensor.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -7,6 +7,9 @@
 
 #include "build_info.h"
 #include "ceilings/measure.h"
+#ifdef FASTLM_CUDA_CEILINGS
+#include "ceilings/cuda.h"
+#endif
 #include "core/cpu_capability.h"
 
 namespace py = pybind11;
@@ -66,6 +69,33 @@ py::dict measure_ceiling(const std::string& name, double seconds, int threads) {
   return answer;
 }
 
+py::list cuda_ceiling_names() {
+  py::list found;
+#ifdef FASTLM_CUDA_CEILINGS
+  for (const std::string& name : fastlm::ceilings::cuda_names()) found.append(name);
+#endif
+  return found;
+}
+
+py::dict measure_cuda_ceiling(const std::string& name, double seconds) {
+  py::dict answer;
+#ifdef FASTLM_CUDA_CEILINGS
+  fastlm::ceilings::CudaRate rate{};
+  {
+    py::gil_scoped_release released;
+    rate = fastlm::ceilings::measure_cuda(name, seconds);
+  }
+  answer["best"] = rate.best;
+  answer["middle"] = rate.middle;
+  answer["tries"] = rate.tries;
+  answer["seconds"] = rate.seconds;
+  return answer;
+#else
+  throw std::invalid_argument("measure_cuda_ceiling: built without CUDA, so there is no '" + name + "' for " +
+                              std::to_string(seconds) + " s");
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,4 +120,6 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("measure_ceiling", &measure_ceiling, py::arg("name"), py::arg("seconds") = 0.1, py::arg("threads") = 1);
+  m.def("cuda_ceiling_names", &cuda_ceiling_names);
+  m.def("measure_cuda_ceiling", &measure_cuda_ceiling, py::arg("name"), py::arg("seconds") = 0.1);
 }

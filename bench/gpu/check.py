@@ -41,7 +41,7 @@ def items(settings: Settings) -> list[Item]:
     if "scan_swa" in here:
         both = [*library.of("scan_swa"), *sizes.samples("scan_swa", tiny=settings.tiny)]
         chosen = both[:2] if settings.tiny else both
-        found += [Item(f"fused/{s.name}", lambda context, s=s: edges.check_fused(s, context)) for s in chosen]
+        found += [Item(f"fused/{s.name}", partial(_on_sample, edges.check_fused, s)) for s in chosen]
     if all(op in here for op in models.needs()):
         for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             found += [
@@ -75,6 +75,14 @@ def _on_sample(check: Any, sample: Any, context: Any) -> Any:
     return check(sample, context)
 
 
+def _on_operator(check: Any, op: str, sample: Any, context: Any) -> Any:
+    return check(op, sample, context)
+
+
+def _with_values(op: str, sample: Any, argument: str, context: Any) -> Any:
+    return edges.check_hostile(op, sample, argument, context)
+
+
 def _sizes(op: str, settings: Settings) -> Iterator[Item]:
     for sample in sizes.samples(op, tiny=settings.tiny):
         yield Item(f"sizes/{op}/{sample.name}", partial(_on_sample, check_sample, sample), limit=300)
@@ -86,18 +94,18 @@ def _edges(op: str, settings: Settings) -> Iterator[Item]:
     few = (filled or everything)[: 2 if settings.tiny else _CAPTURED]
     for sample in _hostile_samples(op, filled, settings):
         for argument in edges.index_arguments(op, sample):
-            yield Item(
-                f"hostile/{op}/{sample.name}/{argument}",
-                lambda context, s=sample, a=argument: edges.check_hostile(op, s, a, context),
-            )
-    yield Item(f"errors/{op}", lambda context, s=few[0]: edges.check_errors(op, s, context))
+            run = partial(_with_values, op, sample, argument)
+            yield Item(f"hostile/{op}/{sample.name}/{argument}", run)
+    yield Item(f"errors/{op}", partial(_on_operator, edges.check_errors, op, few[0]))
     if settings.device == "cuda":
-        yield Item(f"mixed/{op}", lambda context, s=few[0]: edges.check_mixed_devices(op, s, context))
+        yield Item(f"mixed/{op}", partial(_on_operator, edges.check_mixed_devices, op, few[0]))
     for sample in few + [s for s in everything if s.name in ("bfloat16", "packed", "packed_bfloat16", "rotary_bfloat16")]:
-        yield Item(f"unaligned/{op}/{sample.name}", lambda context, s=sample: edges.check_unaligned(s, context))
-    for sample in few:
-        yield Item(f"graph/{op}/{sample.name}", lambda context, s=sample: cuda_only.check_graph(op, s, context))
-    yield Item(f"stream/{op}", lambda context, s=few[0]: cuda_only.check_stream(op, s, context))
+        yield Item(f"unaligned/{op}/{sample.name}", partial(_on_sample, edges.check_unaligned, sample))
+    if settings.device == "cuda":
+        for sample in few:
+            run = partial(_on_operator, cuda_only.check_graph, op, sample)
+            yield Item(f"graph/{op}/{sample.name}", run)
+        yield Item(f"stream/{op}", partial(_on_operator, cuda_only.check_stream, op, few[0]))
     for sample in _row_samples(op, settings):
         run = partial(_rows_alone, sample, _ROWS[op])
         yield Item(f"alone/{op}/{sample.name}", run)

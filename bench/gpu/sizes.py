@@ -68,7 +68,7 @@ def _scan(recipes: dict[str, Any]) -> Named:
     constant = {"groups_b": "constant", "groups_c": "constant"}
     yield "constant_L129", partial(base, shape=(2, 33, 129), state=16, **constant)
     yield "all_states_L129", partial(base, shape=(1, 17, 129), state=16, all_states=True)
-    yield "many_chunks", partial(base, shape=(1, 8, 1030), state=16, dtype=torch.bfloat16, layout="channel_last")
+    yield "many_chunks", partial(base, shape=(1, 8, 520), state=16, dtype=torch.bfloat16, layout="channel_last")
 
 
 def _state_update(recipes: dict[str, Any]) -> Named:
