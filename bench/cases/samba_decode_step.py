@@ -17,14 +17,15 @@ def cases() -> list[Case]:
     found = []
     for dtype in ("fp32", "bf16"):
         found += [
-            _pair(dtype, B=1, d=256, H=4, K=64, f=688, window=128, quick=True),
-            _pair(dtype, B=1, d=1536, H=12, K=128, f=4096, window=512),
-            _pair(dtype, B=4, d=1536, H=12, K=128, f=4096, window=512),
+            pair(dtype, B=1, d=256, H=4, K=64, f=688, window=128, quick=True),
+            pair(dtype, B=1, d=1536, H=12, K=128, f=4096, window=512),
+            pair(dtype, B=4, d=1536, H=12, K=128, f=4096, window=512),
         ]
     return found
 
 
-def _pair(dtype: str, B: int, d: int, H: int, K: int, f: int, window: int, *, quick: bool = False) -> Case:
+def pair(dtype: str, B: int, d: int, H: int, K: int, f: int, window: int, *, quick: bool = False) -> Case:
+    """Two blocks of width `d` with `H` heads of `K` and feed-forward layers of `f`, `B` rows."""
     dim, state, rank = 2 * d, 16, -(-d // 16)
     cast = DTYPES[dtype]
 
@@ -105,8 +106,10 @@ def _layers(d: int, H: int, K: int, f: int, window: int) -> Build:
             vocab_size=16,
             sliding_window=window,
         )
-        dtype = inputs["in_proj"].dtype
-        blocks = member("fastlm.models", "SambaForCausalLM")(config, dtype=dtype).model.layers
+        like = inputs["in_proj"]
+        blocks = member("fastlm.models", "SambaForCausalLM")(
+            config, device=like.device, dtype=like.dtype
+        ).model.layers
         names = {
             "mamba": ("in_proj", "x_proj", "dt_proj", "out_proj"),
             "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -55,7 +55,9 @@ def _from_library(name: str, context: Context) -> dict[str, Any]:
 def _rate(amount: float, call: Callable[[], object], context: Context) -> dict[str, Any]:
     timed = Timed("", call)
     with Watch(context.device) as watch:
-        interleave([timed], context.device, rounds=40, seconds=2 * _SECONDS if context.device == "cuda" else 0.1)
+        interleave(
+            [timed], context.device, rounds=40, seconds=2 * _SECONDS if context.device == "cuda" else 0.1
+        )
     best, middle = min(timed.samples), sorted(timed.samples)[len(timed.samples) // 2]
     return {
         "per_second": amount / best,
@@ -125,5 +127,3 @@ def floor_seconds(floor: Mapping[str, float], known: Mapping[str, float]) -> flo
         moved = (times["exp2"] - times["fp32"]) / (per_exp + _FMA_PER_POLYNOMIAL * per_fma)
         times["exp2"] = times["fp32"] = times["exp2"] - moved * per_exp
     return max(times.values(), default=None)
-
-

@@ -99,7 +99,9 @@ def _edges(op: str, settings: Settings) -> Iterator[Item]:
     yield Item(f"errors/{op}", partial(_on_operator, edges.check_errors, op, few[0]))
     if settings.device == "cuda":
         yield Item(f"mixed/{op}", partial(_on_operator, edges.check_mixed_devices, op, few[0]))
-    for sample in few + [s for s in everything if s.name in ("bfloat16", "packed", "packed_bfloat16", "rotary_bfloat16")]:
+    for sample in few + [
+        s for s in everything if s.name in ("bfloat16", "packed", "packed_bfloat16", "rotary_bfloat16")
+    ]:
         yield Item(f"unaligned/{op}/{sample.name}", partial(_on_sample, edges.check_unaligned, sample))
     if settings.device == "cuda":
         for sample in few:
@@ -153,7 +155,7 @@ def _row_samples(op: str, settings: Settings) -> list[Any]:
         "samba_decode_step": "model",
     }[op]
     found = [library.Sample(op, "rows_bf16", partial(recipes[base], **made[op]))]
-    found.append(library.Sample(op, "rows_fp32", partial(recipes[base], **(made[op] | {"dtype": torch.float32}))))
+    found.append(
+        library.Sample(op, "rows_fp32", partial(recipes[base], **(made[op] | {"dtype": torch.float32})))
+    )
     return found[:1] if settings.tiny else found
-
-

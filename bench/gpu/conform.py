@@ -71,7 +71,9 @@ def assert_same_bits(what: str, first: Results, second: Results) -> None:
                 raise WrongError(f"{what}: {name}: {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}")
             difference = (a.double() - b.to(a.device).double()).abs().nan_to_num(torch.inf)
             count, most = int((difference > 0).sum()), float(difference.max())
-            raise WrongError(f"{what}: {name} differs in {count} of {a.numel()} elements, by {most:.3g} at most")
+            raise WrongError(
+                f"{what}: {name} differs in {count} of {a.numel()} elements, by {most:.3g} at most"
+            )
 
 
 def check_sample(sample: Any, context: Context) -> dict[str, Any]:

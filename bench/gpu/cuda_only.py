@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .conform import assert_same_bits
 from .item import Context, SkipError, WrongError
-from .operators import build, named_arguments, poison_fresh_memory, public, raw, schemas, tensors_of
+from .operators import build, named_arguments, poison_fresh_memory, public, raw, tensors_of
 
 _STEPS = 3
 _MANY = 2**31
@@ -173,9 +173,7 @@ def large_attention(context: Context) -> dict[str, Any]:
         context.stage("the whole sequence")
         out = public("sliding_window_attention")(q, k, v, window_size=(W - 1, 0))
         context.stage("its end")
-        end = public("sliding_window_attention")(
-            *(t[:, -tail:] for t in (q, k, v)), window_size=(W - 1, 0)
-        )
+        end = public("sliding_window_attention")(*(t[:, -tail:] for t in (q, k, v)), window_size=(W - 1, 0))
     found, wanted = out[:, -W:].float(), end[:, -W:].float()
     error = float((found - wanted).norm() / wanted.norm())
     if not error < 1e-2:  # tiles begin elsewhere, so the bits may differ
@@ -232,4 +230,3 @@ LARGE: dict[str, tuple[str, Callable[[Context], dict[str, Any]]]] = {
     "large/selective_state_update": ("selective_state_update", large_state),
     "large/sliding_window_attention_update": ("sliding_window_attention_update", large_ring),
 }
-

@@ -33,7 +33,9 @@ def guarded(t: Tensor, shift: int = 0) -> tuple[Tensor, Callable[[], bool]]:
     room = torch.full((extent + 2 * _GUARD + shift,), 0x5A, dtype=bits, device=t.device)
     begin = _GUARD + shift
     inside = room.view(t.dtype).as_strided(t.shape, t.stride(), begin)
-    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())  # rows may share memory
+    once = tuple(
+        slice(0, 1) if stride == 0 else slice(None) for stride in t.stride()
+    )  # rows may share memory
     inside[once].copy_(t[once])
 
     def intact() -> bool:
@@ -42,7 +44,9 @@ def guarded(t: Tensor, shift: int = 0) -> tuple[Tensor, Callable[[], bool]]:
     return inside, intact
 
 
-def _with_guards(call: Any, shift: int = 0, *, floating_only: bool = False) -> tuple[Any, list[Callable[[], bool]]]:
+def _with_guards(
+    call: Any, shift: int = 0, *, floating_only: bool = False
+) -> tuple[Any, list[Callable[[], bool]]]:
     checks: list[Callable[[], bool]] = []
 
     def change(a: Any) -> Any:
@@ -62,7 +66,9 @@ def index_arguments(op: str, sample: Any) -> list[str]:
     """Names of a sample's integer tensors that are not empty."""
     arguments = named_arguments(op, sample.build("cpu"))
     return [
-        name for name, a in arguments.items() if isinstance(a, Tensor) and a.dtype in _INTEGERS and a.numel() > 0
+        name
+        for name, a in arguments.items()
+        if isinstance(a, Tensor) and a.dtype in _INTEGERS and a.numel() > 0
     ]
 
 
@@ -259,4 +265,3 @@ def check_fused(sample: Any, context: Context) -> None:
         )
     names = ("scan_out", "last_state", "attn_out", "lse")
     assert_same_bits("fused and apart", *(dict(zip(names, run, strict=True)) for run in (fused, halves)))
-

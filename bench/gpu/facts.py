@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import shutil
@@ -82,7 +83,7 @@ class Watch:
     """
 
     def __init__(self, device: str) -> None:
-        self._samples: list[tuple[float, float, float]] = []
+        self._samples: list[tuple[float, ...]] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._handle: Any = None
@@ -94,8 +95,8 @@ class Watch:
             import pynvml
 
             pynvml.nvmlInit()
-            bus = torch.cuda.get_device_properties(0)
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{bus.uuid}".encode())
+            card = torch.cuda.get_device_properties(0)
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{card.uuid}")
             self._nvml = pynvml
         except Exception:  # absent, another version, or a machine that hides it
             self._handle = None
@@ -124,15 +125,15 @@ class Watch:
             self._thread.join()
         if self._on and not self._samples:
             found = [_smi(query) for query in _QUERY]
-            try:
-                self._samples.append(tuple(float(x) for x in found if x is not None))  # type: ignore[arg-type]
-            except ValueError:
-                pass
+            with contextlib.suppress(ValueError):
+                self._samples.append(tuple(float(x) for x in found if x is not None))
 
     def data(self) -> dict[str, Any]:
         """Least, middle and largest of each, or nothing."""
         if not self._samples or len(self._samples[0]) != 3:
             return {}
         names = ("sm_mhz", "watts", "celsius")
-        columns = {name: sorted(column) for name, column in zip(names, zip(*self._samples, strict=True), strict=True)}
+        columns = {
+            name: sorted(column) for name, column in zip(names, zip(*self._samples, strict=True), strict=True)
+        }
         return {name: [c[0], c[len(c) // 2], c[-1]] for name, c in columns.items()}

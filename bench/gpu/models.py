@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ def _models(context: Context, dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
     from fastlm.models.samba import SambaConfig, SambaForCausalLM
 
     torch.manual_seed(0)
-    config = SambaConfig.from_preset("demo", vocab_size=512) if not context.settings.tiny else SambaConfig.from_preset("tiny")
+    config = (
+        SambaConfig.from_preset("demo", vocab_size=512)
+        if not context.settings.tiny
+        else SambaConfig.from_preset("tiny")
+    )
     model = SambaForCausalLM(config, dtype=dtype)
     plain = PlainSamba(config).double()
     plain.load_state_dict({name: t.double() for name, t in model.state_dict().items()})
@@ -86,7 +91,7 @@ def check_decoding(context: Context, dtype: torch.dtype) -> dict[str, Any]:
     pieces = []
     with torch.inference_mode():
         cache = model.new_cache(ids.shape[0])
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in pairwise(cuts):
             context.stage(f"tokens {begin} to {end}")
             pieces.append(model(here[:, begin:end], cache=cache).logits)
         for t in range(length - steps, length):

@@ -4,6 +4,7 @@ worker.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -87,10 +88,8 @@ class _Worker:
     def end(self) -> str:
         """Stops the process and what it started; the end of its output."""
         if self._process.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         code = self._process.wait()
         self._log.seek(0)
         tail = self._log.read()[-_LOG_TAIL:].strip()

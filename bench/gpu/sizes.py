@@ -24,7 +24,9 @@ _PACKED = [0, 0, 1, 64, 64, 129, 200, 200, 257]
 def samples(op: str, *, tiny: bool = False) -> list[Any]:
     """Samples of one operator in odd sizes; `tiny`: a few of them."""
     library = support()
-    recipes = {name: recipe for family in library.FAMILIES.values() for name, recipe in family.RECIPES.items()}
+    recipes = {
+        name: recipe for family in library.FAMILIES.values() for name, recipe in family.RECIPES.items()
+    }
     makers = {
         "selective_scan": _scan,
         "selective_state_update": _state_update,
@@ -52,14 +54,20 @@ def _scan(recipes: dict[str, Any]) -> Named:
     for length in LENGTHS:
         for word, dtype in DTYPES.items():
             layout = "channel_last" if word != "fp16" else "contiguous"
-            yield f"L{length}_{word}", partial(base, shape=(2, 33, length), state=16, dtype=dtype, layout=layout)
+            yield (
+                f"L{length}_{word}",
+                partial(base, shape=(2, 33, length), state=16, dtype=dtype, layout=layout),
+            )
     for state in STATES:
         for word in ("fp32", "bf16"):
             for layout in ("contiguous", "channel_last"):
                 sizes = {"shape": (1, 21, 65), "state": state, "dtype": DTYPES[word], "layout": layout}
                 yield f"N{state}_{word}_{layout}", partial(base, **sizes)
     for dim in (1, 31, 32, 64, 130):
-        yield f"D{dim}_bf16", partial(base, shape=(3, dim, 70), state=16, dtype=torch.bfloat16, layout="channel_last")
+        yield (
+            f"D{dim}_bf16",
+            partial(base, shape=(3, dim, 70), state=16, dtype=torch.bfloat16, layout="channel_last"),
+        )
     for layout in ("contiguous", "channel_last"):
         for word in ("fp32", "bf16"):
             sizes = {"shape": (1, 36, 257), "state": 16, "dtype": DTYPES[word], "layout": layout}
@@ -68,7 +76,10 @@ def _scan(recipes: dict[str, Any]) -> Named:
     constant = {"groups_b": "constant", "groups_c": "constant"}
     yield "constant_L129", partial(base, shape=(2, 33, 129), state=16, **constant)
     yield "all_states_L129", partial(base, shape=(1, 17, 129), state=16, all_states=True)
-    yield "many_chunks", partial(base, shape=(1, 8, 520), state=16, dtype=torch.bfloat16, layout="channel_last")
+    yield (
+        "many_chunks",
+        partial(base, shape=(1, 8, 520), state=16, dtype=torch.bfloat16, layout="channel_last"),
+    )
 
 
 def _state_update(recipes: dict[str, Any]) -> Named:
@@ -154,7 +165,13 @@ def _attention_update(recipes: dict[str, Any]) -> Named:
             sizes = {"ring": 70, "head_dim": head_dim, "dtype": dtype, "window_size": (63, 0)}
             yield f"K{head_dim}_{word}", partial(base, seen=(0, 30, 500), **sizes)
     for heads in ((8, 1), (4, 4), (18, 18), (11, 1)):
-        sizes = {"ring": 128, "head_dim": 128, "heads": heads, "dtype": torch.bfloat16, "window_size": (127, 0)}
+        sizes = {
+            "ring": 128,
+            "head_dim": 128,
+            "heads": heads,
+            "dtype": torch.bfloat16,
+            "window_size": (127, 0),
+        }
         yield f"heads{heads[0]}_{heads[1]}", partial(base, seen=(700, 5), **sizes)
     for new in (2, 5, 17):
         sizes = {"ring": 100, "head_dim": 64, "new": new, "dtype": torch.bfloat16, "window_size": (63, 0)}
@@ -166,20 +183,39 @@ def _attention_update(recipes: dict[str, Any]) -> Named:
 
 def _decode_step(recipes: dict[str, Any]) -> Named:
     base = recipes["model"]
-    sizes = {"width": 256, "dim": 512, "state": 16, "rank": 16, "heads": (4, 2), "head_dim": 64, "inner": (688, 688)}
+    sizes = {
+        "width": 256,
+        "dim": 512,
+        "state": 16,
+        "rank": 16,
+        "heads": (4, 2),
+        "head_dim": 64,
+        "inner": (688, 688),
+    }
     window = {"ring": 128, "window_size": (127, 0)}
     for word, dtype in DTYPES.items():
         yield f"demo_{word}", partial(base, seen=(300, 4), dtype=dtype, **sizes, **window)
     for rows in (1, 3, 4, 5, 9):
         seen = tuple(37 * (i + 1) for i in range(rows))
         yield f"rows{rows}_bf16", partial(base, seen=seen, dtype=torch.bfloat16, **sizes, **window)
-    odd = {"width": 130, "dim": 259, "state": 16, "rank": 9, "heads": (3, 1), "head_dim": 80, "inner": (345, 129)}
+    odd = {
+        "width": 130,
+        "dim": 259,
+        "state": 16,
+        "rank": 9,
+        "heads": (3, 1),
+        "head_dim": 80,
+        "inner": (345, 129),
+    }
     yield "odd_bf16", partial(base, seen=(300,), dtype=torch.bfloat16, **odd, **window)
     yield "states_bf16", partial(base, seen=(5,), dtype=torch.bfloat16, **(sizes | {"state": 64}), **window)
 
 
 def _scan_swa(recipes: dict[str, Any]) -> Named:
-    scans, attentions = dict(_scan(recipes["selective_scan"])), dict(_attention(recipes["sliding_window_attention"]))
+    scans, attentions = (
+        dict(_scan(recipes["selective_scan"])),
+        dict(_attention(recipes["sliding_window_attention"])),
+    )
     pairs = [
         *((f"L{length}_bf16", f"L{length}_bf16") for length in LENGTHS),
         ("L129_fp32", "L129_fp32"),

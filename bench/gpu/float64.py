@@ -1,0 +1,129 @@
+"""Results in float64 on the device, in pieces that fit its memory: what contenders are held to at full size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .case import BACKWARD, Inputs, Results
+
+_SCAN_ELEMENTS = 1 << 26  # channels x positions x states of a piece: half a gigabyte each tensor
+_ALONG_CHANNELS = {"u": 1, "delta": 1, "z": 1, "A": 0, "D": 0, "delta_bias": 0}
+
+
+def scan(inputs: Inputs, part: str, upstream: tuple[Tensor, ...], gradients: tuple[str, ...]) -> Results:
+    """A selective scan with softplus and gate, some channels at a time; B and C gather their gradients from all."""
+    from fastlm.demo.plain_samba import plain_scan
+
+    B, D, L = inputs["u"].shape
+    N = inputs["A"].shape[1]
+    step = max(1, min(D, _SCAN_ELEMENTS // (B * L * N)))
+    pieces: dict[str, list[Tensor]] = {name: [] for name in ("out", *(f"d{g}" for g in gradients))}
+    sums: Results = {}
+    for begin in range(0, D, step):
+        part_of = {
+            name: _piece(a, name, begin, min(step, D - begin)).double().detach() for name, a in inputs.items()
+        }
+        if part == BACKWARD:
+            part_of = {name: a.requires_grad_(name in gradients) for name, a in part_of.items()}
+        with torch.set_grad_enabled(part == BACKWARD):
+            dt = functional.softplus(part_of["delta"] + part_of["delta_bias"][:, None])
+            maps = (part_of[name].transpose(1, 2) for name in ("B", "C"))
+            y = plain_scan(part_of["u"], dt, part_of["A"], *maps)
+            out = (y + part_of["D"][:, None] * part_of["u"]) * functional.silu(part_of["z"])
+        if part != BACKWARD:
+            pieces["out"].append(out)
+            continue
+        dout = upstream[0][:, begin : begin + step].double()
+        found = torch.autograd.grad(out, [part_of[g] for g in gradients], dout)
+        for name, g in zip(gradients, found, strict=True):
+            if name in _ALONG_CHANNELS:
+                pieces[f"d{name}"].append(g)
+            else:
+                sums[f"d{name}"] = sums[f"d{name}"] + g if f"d{name}" in sums else g
+    if part != BACKWARD:
+        return {"out": torch.cat(pieces["out"], dim=1).float()}
+    joined = {
+        f"d{name}": torch.cat(pieces[f"d{name}"], dim=_ALONG_CHANNELS[name]).float()
+        for name in gradients
+        if name in _ALONG_CHANNELS
+    }
+    return joined | sums
+
+
+def _piece(a: Tensor, name: str, begin: int, count: int) -> Tensor:
+    return a.narrow(_ALONG_CHANNELS[name], begin, count) if name in _ALONG_CHANNELS else a
+
+
+def attention(inputs: Inputs, window: int, part: str, upstream: tuple[Tensor, ...]) -> Results:
+    """Causal attention over a window of `window` tokens, some queries and one group of heads at a time."""
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    _, L, H, K = q.shape
+    group = H // k.shape[2]
+    rows = min(L, 1024)
+    results = {"out": torch.empty(q.shape, dtype=torch.float32, device=q.device)}
+    if part == BACKWARD:
+        results = {
+            name: torch.zeros(t.shape, dtype=torch.float64, device=q.device)
+            for name, t in (("dq", q), ("dk", k), ("dv", v))
+        }
+    for head in range(k.shape[2]):
+        heads = slice(head * group, (head + 1) * group)
+        for begin in range(0, L, rows):
+            end = min(L, begin + rows)
+            first = max(0, begin - window + 1)
+            qs = q[:, begin:end, heads].double().detach()
+            ks, vs = (t[:, first:end, head : head + 1].double().detach() for t in (k, v))
+            leaves = [t.requires_grad_(part == BACKWARD) for t in (qs, ks, vs)]
+            with torch.set_grad_enabled(part == BACKWARD):
+                scores = torch.einsum("bihk,bjgk->bhij", qs, ks) * K**-0.5
+                distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(
+                    first, end, device=q.device
+                )
+                hidden = (distance < 0) | (distance >= window)
+                p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+                out = torch.einsum("bhij,bjgk->bihk", p, vs)
+            if part != BACKWARD:
+                results["out"][:, begin:end, heads] = out.float()
+                continue
+            dout = upstream[0][:, begin:end, heads].double()
+            dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+            results["dq"][:, begin:end, heads] += dq
+            results["dk"][:, first:end, head : head + 1] += dk
+            results["dv"][:, first:end, head : head + 1] += dv
+    return results
+
+
+def conv(inputs: Inputs, part: str, upstream: tuple[Tensor, ...], gradients: tuple[str, ...]) -> Results:
+    """Depthwise causal convolution and silu, some channels at a time."""
+    x = inputs["x"]
+    B, D, L = x.shape
+    step = max(1, min(D, (1 << 27) // (B * L)))
+    pieces: dict[str, list[Tensor]] = {}
+    for begin in range(0, D, step):
+        end = min(D, begin + step)
+        leaves = {
+            "x": x[:, begin:end].double().detach(),
+            "weight": inputs["weight"][begin:end].double().detach(),
+            "bias": inputs["bias"][begin:end].double().detach(),
+        }
+        leaves = {name: t.requires_grad_(part == BACKWARD) for name, t in leaves.items()}
+        with torch.set_grad_enabled(part == BACKWARD):
+            width = leaves["weight"].shape[1]
+            y = functional.conv1d(
+                leaves["x"], leaves["weight"][:, None], leaves["bias"], padding=width - 1, groups=end - begin
+            )
+            out = functional.silu(y[..., :L])
+        found: dict[str, Any] = {"out": out.float()}
+        if part == BACKWARD:
+            grads = torch.autograd.grad(
+                out, [leaves[g] for g in gradients], upstream[0][:, begin:end].double()
+            )
+            found = {f"d{name}": g for name, g in zip(gradients, grads, strict=True)}
+        for name, t in found.items():
+            pieces.setdefault(name, []).append(t)
+    along = {"out": 1, "dx": 1, "dweight": 0, "dbias": 0}
+    return {name: torch.cat(parts, dim=along[name]) for name, parts in pieces.items()}
