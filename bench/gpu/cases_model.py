@@ -50,7 +50,7 @@ def _training(name: str, length: int, context: Context) -> Problem:
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss = cross_entropy(model, ids)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         return loss.detach()
 

@@ -48,7 +48,8 @@ def items(settings: Settings) -> list[Item]:
                 Item(f"model/forward_{word}", partial(models.check_forward, dtype=dtype), limit=240),
                 Item(f"model/decoding_{word}", partial(models.check_decoding, dtype=dtype), limit=240),
             ]
-    found += [Item(name, run, limit=240) for name, (op, run) in cuda_only.LARGE.items() if op in here]
+    large = [(name, run) for name, (op, run) in cuda_only.LARGE.items() if op in here]
+    found += [Item(name, partial(cuda_only.one_at_a_time, run), limit=400) for name, run in large]
     return found
 
 
@@ -60,7 +61,7 @@ def missing(settings: Settings) -> dict[str, str]:
 
 
 def _chosen(op: str, settings: Settings) -> list[Any]:
-    found = support().of(op)
+    found: list[Any] = support().of(op)
     return found[:3] if settings.tiny else found
 
 
@@ -79,10 +80,6 @@ def _on_operator(check: Any, op: str, sample: Any, context: Any) -> Any:
     return check(op, sample, context)
 
 
-def _with_values(op: str, sample: Any, argument: str, context: Any) -> Any:
-    return edges.check_hostile(op, sample, argument, context)
-
-
 def _sizes(op: str, settings: Settings) -> Iterator[Item]:
     for sample in sizes.samples(op, tiny=settings.tiny):
         yield Item(f"sizes/{op}/{sample.name}", partial(_on_sample, check_sample, sample), limit=300)
@@ -92,10 +89,8 @@ def _edges(op: str, settings: Settings) -> Iterator[Item]:
     everything = support().of(op)
     filled = [s for s in everything if not any(word in s.name for word in ("no_", "nothing", "none"))]
     few = (filled or everything)[: 2 if settings.tiny else _CAPTURED]
-    for sample in _hostile_samples(op, filled, settings):
-        for argument in edges.index_arguments(op, sample):
-            run = partial(_with_values, op, sample, argument)
-            yield Item(f"hostile/{op}/{sample.name}/{argument}", run)
+    for argument in edges.index_names(op):
+        yield Item(f"hostile/{op}/{argument}", partial(edges.check_hostile_samples, op, filled, argument))
     yield Item(f"errors/{op}", partial(_on_operator, edges.check_errors, op, few[0]))
     if settings.device == "cuda":
         yield Item(f"mixed/{op}", partial(_on_operator, edges.check_mixed_devices, op, few[0]))
@@ -115,18 +110,6 @@ def _edges(op: str, settings: Settings) -> Iterator[Item]:
 
 def _rows_alone(sample: Any, along: tuple[str, ...], context: Any) -> Any:
     return edges.check_alone(sample, along, context)
-
-
-def _hostile_samples(op: str, samples: list[Any], settings: Settings) -> list[Any]:
-    """One sample for every set of index arguments."""
-    seen: set[tuple[str, ...]] = set()
-    chosen = []
-    for sample in samples:
-        names = tuple(edges.index_arguments(op, sample))
-        if names and names not in seen:
-            seen.add(names)
-            chosen.append(sample)
-    return chosen[:1] if settings.tiny else chosen
 
 
 def _row_samples(op: str, settings: Settings) -> list[Any]:

@@ -5,7 +5,12 @@ On the CPU the last ones run at small sizes, to try them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +108,20 @@ def _room(context: Context, gigabytes: float) -> None:
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < gigabytes:
         raise SkipError(f"needs {gigabytes:.0f} GB of free memory, there are {free:.0f}")
+
+
+@contextmanager
+def _alone_with_the_memory() -> Iterator[None]:
+    """One worker at a time takes most of the card's memory."""
+    with open(Path(tempfile.gettempdir()) / f"fastlm-gpu-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def one_at_a_time(run: Callable[[Context], dict[str, Any]], context: Context) -> dict[str, Any]:
+    """Runs a check that takes much memory."""
+    with _alone_with_the_memory():
+        return run(context)
 
 
 def _random(context: Context, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -6,17 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .conform import Results, assert_same_bits, outputs_of
-from .item import Context, WrongError
+from .item import Context, SkipError, WrongError
 from .operators import build, named_arguments, poison_fresh_memory, public, raw, schemas, tensors_of
 
 _GUARD = 4096  # elements on either side of a guarded tensor; its alignment stays what it was
 _INTEGERS = (torch.int32, torch.int64)
+_INDEX_NAMES = (
+    *("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "seq_idx", "cache_seqlens", "conv_state_indices"),
+    *("state_batch_indices", "topk_ids", "offsets", "labels"),
+)
+_SAMPLES = 4  # with an argument, that get hostile values for it
 
 
 def guarded(t: Tensor, shift: int = 0) -> tuple[Tensor, Callable[[], bool]]:
@@ -72,6 +78,11 @@ def index_arguments(op: str, sample: Any) -> list[str]:
     ]
 
 
+def index_names(op: str) -> list[str]:
+    """Arguments of an operator that hold indices, lengths or bounds."""
+    return [a.name for a in schemas()[op].arguments if a.name in _INDEX_NAMES]
+
+
 def _hostile(t: Tensor) -> Iterator[tuple[str, Tensor]]:
     most, least = torch.iinfo(t.dtype).max, torch.iinfo(t.dtype).min
     yield "-1", torch.full_like(t, -1)
@@ -89,13 +100,23 @@ def _hostile(t: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "small and unsorted", small.to(t.dtype).to(t.device)
 
 
+def check_hostile_samples(op: str, samples: list[Any], argument: str, context: Context) -> dict[str, Any]:
+    """`check_hostile` of the first samples that have the argument."""
+    having = (s for s in samples if argument in index_arguments(op, s))
+    chosen = list(islice(having, 1 if context.settings.tiny else _SAMPLES))
+    if not chosen:
+        raise SkipError(f"no sample has {argument}")
+    refused = {s.name: check_hostile(op, s, argument, context)["refused"] for s in chosen}
+    return {"refused": refused}
+
+
 def check_hostile(op: str, sample: Any, argument: str, context: Context) -> dict[str, Any]:
     """The operator may refuse the values or give any numbers; it must not crash, hang or write outside its arguments."""
     poison_fresh_memory()
     refused = []
     index = named_arguments(op, build(sample, context.device))[argument]
     for word, values in _hostile(index):
-        context.stage(f"{argument} {word}")
+        context.stage(f"{sample}: {argument} {word}")
         call, checks = _with_guards(build(sample, context.device))
         positional = [a.name for a in schemas()[op].arguments]
         args = list(call.args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import platform
 import shutil
 import subprocess
@@ -92,7 +93,7 @@ class Watch:
         if not self._on:
             return
         try:
-            import pynvml
+            pynvml = importlib.import_module("pynvml")
 
             pynvml.nvmlInit()
             card = torch.cuda.get_device_properties(0)

@@ -91,7 +91,8 @@ def writes_into_arguments(op: str) -> bool:
 def named_arguments(op: str, call: Any) -> dict[str, Any]:
     """A call's arguments by the names of the schema."""
     names = [a.name for a in schemas()[op].arguments]
-    return dict(zip(names, call.args, strict=False)) | call.kwargs
+    found: dict[str, Any] = dict(zip(names, call.args, strict=False))
+    return found | call.kwargs
 
 
 def build(sample: Any, device: str) -> Any:

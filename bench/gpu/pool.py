@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..machine import usable_cpus
 from .item import CRASHED, FAILED, HUNG, Item, Outcome, Settings
 
 START_LIMIT = 300.0  # seconds until a worker has loaded torch and the library
@@ -32,11 +33,12 @@ class WorkerError(RuntimeError):
 class _Worker:
     """One process, asked one item at a time."""
 
-    def __init__(self, part: str, settings: Settings) -> None:
+    def __init__(self, part: str, settings: Settings, threads: int) -> None:
         read, write = os.pipe()
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         environment[_ANSWERS] = str(write)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         words = [sys.executable, "-m", f"{__package__}.worker", part, json.dumps(settings.as_dict())]
@@ -91,6 +93,8 @@ class _Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
+        if self._log.closed:
+            return ""
         self._log.seek(0)
         tail = self._log.read()[-_LOG_TAIL:].strip()
         self._log.close()
@@ -136,6 +140,9 @@ def run_items(
     left: list[str] = []
     lock = threading.Lock()
     problems: list[str] = []
+    alive: set[_Worker] = set()
+    workers = max(1, min(workers, len(items)))
+    threads = max(1, usable_cpus() // workers)
 
     def take() -> Item | None:
         with lock:
@@ -149,7 +156,8 @@ def run_items(
         worker: _Worker | None = None
         while (item := take()) is not None:
             if worker is None:
-                worker = _Worker(part, settings)
+                worker = _Worker(part, settings, threads)
+                alive.add(worker)
                 if isinstance(found := worker.wait_for("ready", START_LIMIT), str):
                     problems.append(f"the worker did not start ({found}): {worker.end()}")
                     waiting.appendleft(item)
@@ -178,11 +186,16 @@ def run_items(
         if worker is not None:
             worker.finish()
 
-    threads = [threading.Thread(target=serve) for _ in range(max(1, min(workers, len(items))))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    servers = [threading.Thread(target=serve, daemon=True) for _ in range(workers)]
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.join()
+    except BaseException:  # a keyboard interrupt, say
+        for worker in alive:
+            worker.end()
+        raise
     if problems:
         raise WorkerError(problems[0])
     return left + [item.name for item in waiting]
