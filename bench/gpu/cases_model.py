@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -198,30 +199,5 @@ def _attention_by(make: Callable[[int], Callable[[Inputs], Call]]) -> Callable[.
 
 
 def _kept_flex() -> Callable[[int], Callable[[Inputs], Call]]:
-    """flex_attention, its mask and its compiled form made once."""
-    module = package("torch.nn.attention.flex_attention")
-    compiled = torch.compile(module.flex_attention, dynamic=False)
-    masks: dict[Any, Any] = {}
-
-    def make(window: int) -> Callable[[Inputs], Call]:
-        def build(inputs: Inputs) -> Call:
-            q, k, v = (inputs[name] for name in ("q", "k", "v"))
-            length, key = q.shape[1], (q.shape[1], window)
-            if key not in masks:
-
-                def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                    return (i >= j) & (i - j < window)
-
-                masks[key] = module.create_block_mask(sees, None, None, length, length, device=str(q.device))
-
-            def call() -> Tensor:
-                heads_first = (t.transpose(1, 2) for t in (q, k, v))
-                grouped = q.shape[2] != k.shape[2]
-                out: Tensor = compiled(*heads_first, block_mask=masks[key], enable_gqa=grouped)
-                return out.transpose(1, 2)
-
-            return call
-
-        return build
-
-    return make
+    """flex_attention, its mask and its compiled form made once for each window."""
+    return functools.cache(peers.flex)

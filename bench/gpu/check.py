@@ -27,6 +27,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "sliding_window_attention_update": ("q", "k", "v", "k_cache", "v_cache", "cache_seqlens"),
     "samba_decode_step": ("hidden", "conv_state", "scan_state", "k_cache", "v_cache", "cache_seqlens"),
 }
+_LIMIT = 60.0  # seconds: a kernel that waits for ever must not cost the whole time
 _CAPTURED = 4  # samples of an operator that are captured, run on a stream, shifted off their alignment
 
 
@@ -39,8 +40,8 @@ def items(settings: Settings) -> list[Item]:
     found += [item for op in ops for item in _edges(op, settings)]
     found += [item for op in ops for item in _sizes(op, settings)]
     if "scan_swa" in here:
-        both = [*library.of("scan_swa"), *sizes.samples("scan_swa", tiny=settings.tiny)]
-        chosen = both[:2] if settings.tiny else both
+        both = [*library.of("scan_swa"), *sizes.samples("scan_swa", tiny=settings.few)]
+        chosen = both[:2] if settings.few else both
         found += [Item(f"fused/{s.name}", partial(_on_sample, edges.check_fused, s)) for s in chosen]
     if all(op in here for op in models.needs()):
         for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -62,14 +63,14 @@ def missing(settings: Settings) -> dict[str, str]:
 
 def _chosen(op: str, settings: Settings) -> list[Any]:
     found: list[Any] = support().of(op)
-    return found[:3] if settings.tiny else found
+    return found[:3] if settings.few else found
 
 
 def _samples(op: str, settings: Settings) -> Iterator[Item]:
     backward = op.endswith("_backward")
     kind, check = ("direct", check_backward_operator) if backward else ("sample", check_sample)
     for sample in _chosen(op, settings):
-        yield Item(f"{kind}/{op}/{sample.name}", partial(_on_sample, check, sample))
+        yield Item(f"{kind}/{op}/{sample.name}", partial(_on_sample, check, sample), limit=_LIMIT)
 
 
 def _on_sample(check: Any, sample: Any, context: Any) -> Any:
@@ -81,14 +82,14 @@ def _on_operator(check: Any, op: str, sample: Any, context: Any) -> Any:
 
 
 def _sizes(op: str, settings: Settings) -> Iterator[Item]:
-    for sample in sizes.samples(op, tiny=settings.tiny):
-        yield Item(f"sizes/{op}/{sample.name}", partial(_on_sample, check_sample, sample), limit=300)
+    for sample in sizes.samples(op, tiny=settings.few):
+        yield Item(f"sizes/{op}/{sample.name}", partial(_on_sample, check_sample, sample), limit=_LIMIT)
 
 
 def _edges(op: str, settings: Settings) -> Iterator[Item]:
     everything = support().of(op)
     filled = [s for s in everything if not any(word in s.name for word in ("no_", "nothing", "none"))]
-    few = (filled or everything)[: 2 if settings.tiny else _CAPTURED]
+    few = (filled or everything)[: 2 if settings.few else _CAPTURED]
     for argument in edges.index_names(op):
         yield Item(f"hostile/{op}/{argument}", partial(edges.check_hostile_samples, op, filled, argument))
     yield Item(f"errors/{op}", partial(_on_operator, edges.check_errors, op, few[0]))
@@ -141,4 +142,4 @@ def _row_samples(op: str, settings: Settings) -> list[Any]:
     found.append(
         library.Sample(op, "rows_fp32", partial(recipes[base], **(made[op] | {"dtype": torch.float32})))
     )
-    return found[:1] if settings.tiny else found
+    return found[:1] if settings.few else found

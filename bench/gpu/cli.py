@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         "--sanitizer", default="", metavar="PATH", help="compute-sanitizer, if it is not found by itself"
     )
     parser.add_argument("--results", type=Path, metavar="FILE", help="where `report` writes the file to keep")
+    parser.add_argument(
+        "--full", action="store_true", help="--device cpu: all samples and sizes of the checks"
+    )
     parser.add_argument("--list", action="store_true", help="show the items and end")
     parser.add_argument("--faults", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -132,6 +135,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         peers="" if folder is None else str(folder.resolve()),
         faults=arguments.faults,
         sanitizer=arguments.sanitizer,
+        full=arguments.full,
     )
 
 

@@ -103,7 +103,7 @@ def _hostile(t: Tensor) -> Iterator[tuple[str, Tensor]]:
 def check_hostile_samples(op: str, samples: list[Any], argument: str, context: Context) -> dict[str, Any]:
     """`check_hostile` of the first samples that have the argument."""
     having = (s for s in samples if argument in index_arguments(op, s))
-    chosen = list(islice(having, 1 if context.settings.tiny else _SAMPLES))
+    chosen = list(islice(having, 1 if context.settings.few else _SAMPLES))
     if not chosen:
         raise SkipError(f"no sample has {argument}")
     refused = {s.name: check_hostile(op, s, argument, context)["refused"] for s in chosen}

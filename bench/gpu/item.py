@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PASSED, FAILED, CRASHED, HUNG, SKIPPED = "passed", "failed", "crashed", "hung", "skipped"
+GIVEN_UP = "given up"  # begins the reason of an item that was not tried because of others
 BAD = (FAILED, CRASHED, HUNG)
 
 
@@ -21,6 +22,7 @@ class Settings:
         peers: folder with unpacked packages of peers, and where extensions are built.
         faults: add items that abort, hang, raise and fail.
         sanitizer: path of compute-sanitizer; default: searched for.
+        full: all samples and sizes of the checks on the CPU too.
     """
 
     device: str = "cuda"
@@ -29,11 +31,17 @@ class Settings:
     peers: str = ""
     faults: bool = False
     sanitizer: str = ""
+    full: bool = False
 
     @property
     def tiny(self) -> bool:
         """Whether sizes are those of a trial run."""
         return self.device == "cpu"
+
+    @property
+    def few(self) -> bool:
+        """Whether checks take a few samples of each operator."""
+        return self.tiny and not self.full
 
     def as_dict(self) -> dict[str, Any]:
         """For the command line of a worker."""

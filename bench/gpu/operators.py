@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ def support() -> ModuleType:
     return samples
 
 
+@functools.cache
 def schemas() -> dict[str, Any]:
     """Schemas by name, in a fixed order."""
     import fastlm  # noqa: F401  (registers them)
@@ -52,11 +54,12 @@ def schemas() -> dict[str, Any]:
     return {s.name.removeprefix("fastlm::"): s for s in sorted(found, key=lambda s: s.name)}
 
 
-def registered(device: str) -> list[str]:
+@functools.cache
+def registered(device: str) -> tuple[str, ...]:
     """Operators with a kernel for this device."""
     key = "CUDA" if device == "cuda" else "CPU"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [name for name in schemas() if has(f"fastlm::{name}", key)]
+    return tuple(name for name in schemas() if has(f"fastlm::{name}", key))
 
 
 def raw(op: str) -> Callable[..., Any]:

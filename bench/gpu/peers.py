@@ -25,6 +25,7 @@ from .case import Call, Inputs
 from .item import Context, Item, Settings, SkipError
 
 _EXTENSION = "selective_scan_cuda"
+_BLOCK = 128  # queries and keys of a block of flex_attention
 _NAMES = {
     "mamba_ssm": "mamba_ssm",
     _EXTENSION: _EXTENSION,
@@ -261,23 +262,47 @@ def sdpa(window: int | None) -> Callable[[Inputs], Call]:
     return build
 
 
+def block_mask(length: int, window: int, device: Any) -> Any:
+    """flex_attention's mask from the blocks themselves: by `create_block_mask`, long rows would take `L * L` numbers.
+
+    A block of keys is full where every one of its pairs is visible, and then needs no look at the pairs.
+    """
+    module = package("torch.nn.attention.flex_attention")
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j < window)
+
+    first = torch.arange(0, length, _BLOCK, device=device)
+    last = (first + _BLOCK - 1).clamp_max(length - 1)
+    least, most = first[:, None] - last, last[:, None] - first  # distances of a query to a key in the block
+    some, full = (most >= 0) & (least < window), (least >= 0) & (most < window)
+
+    def lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+        return blocks.sum(-1).int()[None, None], order[None, None].contiguous()
+
+    return module.BlockMask.from_kv_blocks(
+        *lists(some & ~full), *lists(full), BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(length, length)
+    )
+
+
 def flex(window: int) -> Callable[[Inputs], Call]:
     """flex_attention with a block mask, compiled."""
+    masks: dict[int, Any] = {}
+    compiled: list[Any] = []
 
     def build(inputs: Inputs) -> Call:
-        module = package("torch.nn.attention.flex_attention")
         q, k, v = (inputs[name] for name in ("q", "k", "v"))
         length, grouped = q.shape[1], q.shape[2] != k.shape[2]
-
-        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (i >= j) & (i - j < window)
-
-        blocks = module.create_block_mask(sees, None, None, length, length, device=str(q.device))
-        compiled = torch.compile(module.flex_attention, dynamic=False)
+        if not compiled:
+            function = package("torch.nn.attention.flex_attention").flex_attention
+            compiled.append(torch.compile(function, dynamic=False))
+        if length not in masks:
+            masks[length] = block_mask(length, window, q.device)
 
         def call() -> Tensor:
             heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            out: Tensor = compiled(*heads_first, block_mask=blocks, enable_gqa=grouped)
+            out: Tensor = compiled[0](*heads_first, block_mask=masks[length], enable_gqa=grouped)
             return out.transpose(1, 2)
 
         return call

@@ -14,15 +14,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..machine import usable_cpus
-from .item import CRASHED, FAILED, HUNG, Item, Outcome, Settings
+from .item import CRASHED, GIVEN_UP, HUNG, SKIPPED, Item, Outcome, Settings
 
 START_LIMIT = 300.0  # seconds until a worker has loaded torch and the library
 _ANSWERS = "FASTLM_GPU_ANSWERS"
+_MOST_LOST = 3  # workers that items of one kind and operator may cost
 _LOG_TAIL = 1500  # characters of a dead worker's output that are kept
 
 
@@ -111,6 +112,11 @@ class _Worker:
             self.end()
 
 
+def _group(name: str) -> str:
+    """Kind and operator of an item."""
+    return "/".join(name.split("/")[:2])
+
+
 def run_items(
     part: str,
     items: Sequence[Item],
@@ -141,15 +147,24 @@ def run_items(
     lock = threading.Lock()
     problems: list[str] = []
     alive: set[_Worker] = set()
+    lost: Counter[str] = Counter()
     workers = max(1, min(workers, len(items)))
     threads = max(1, usable_cpus() // workers)
 
     def take() -> Item | None:
         with lock:
-            return waiting.popleft() if waiting and time.monotonic() < deadline and not problems else None
+            while waiting and time.monotonic() < deadline and not problems:
+                item = waiting.popleft()
+                if lost[_group(item.name)] < _MOST_LOST:
+                    return item
+                on_result(
+                    item.name, Outcome(SKIPPED, f"{GIVEN_UP}: {_MOST_LOST} of its kind crashed or hung")
+                )
+            return None
 
     def put(name: str, outcome: Outcome) -> None:
         with lock:
+            lost[_group(name)] += outcome.status in (CRASHED, HUNG)
             on_result(name, outcome)
 
     def serve() -> None:
@@ -204,6 +219,3 @@ def run_items(
 def answer_pipe() -> int:
     """In a worker: the file descriptor for its answers."""
     return int(os.environ[_ANSWERS])
-
-
-__all__ = ["CRASHED", "FAILED", "WorkerError", "answer_pipe", "run_items"]

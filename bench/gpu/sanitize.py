@@ -78,7 +78,7 @@ def chosen_samples(family: str, settings: Settings) -> list[Any]:
         known = {s.name: s for s in samples}
         preferred = [known[name] for name in _PREFERRED if name in known]
         rest = [s for s in samples if s not in preferred]
-        found += (preferred + rest)[: 2 if settings.tiny else _MOST]
+        found += (preferred + rest)[: 2 if settings.few else _MOST]
     return found
 
 
@@ -87,8 +87,6 @@ def _sanitize(tool: str, family: str, context: Context) -> dict[str, Any]:
     if path is None:
         raise SkipError("compute-sanitizer was not found; --sanitizer PATH names it")
     words = [path, "--tool", tool, "--error-exitcode", "77", "--target-processes", "all"]
-    if tool == "initcheck":
-        words += ["--track-unused-memory", "no"]
     words += [sys.executable, "-m", __name__, tool, family, json.dumps(context.settings.as_dict())]
     environment = dict(os.environ) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     context.stage(f"{tool} of {family}")

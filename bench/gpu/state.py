@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..record import save as save_record
-from .item import BAD, Item, Outcome
+from .item import BAD, GIVEN_UP, Item, Outcome
 
 SCHEMA = 1
 KIND = "fastlm gpu"
@@ -76,6 +76,7 @@ def to_do(
         entry = known.get(item.name)
         if redo or entry is None or entry["fingerprint"] != fingerprint:
             return False
-        return not (redo_failed and entry["status"] in BAD)
+        given_up = entry["reason"].startswith(GIVEN_UP)
+        return not (redo_failed and (entry["status"] in BAD or given_up))
 
     return [item for item in items if not is_done(item)]

@@ -316,3 +316,22 @@ def test_odd_sizes_have_names_of_their_own():
         names = [sample.name for sample in sizes.samples(op)]
         assert len(names) == len(set(names)) > 9
     assert sizes.samples("select_tokens") == []
+
+
+@pytest.mark.parametrize(("length", "window"), [(700, 300), (384, 128), (300, 1), (512, 2048), (70, 32)])
+def test_the_blocks_of_flex_attention_are_those_of_the_mask(length, window):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from bench.gpu.peers import block_mask, window_mask
+
+    q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
+    out = flex_attention(q, k, v, block_mask=block_mask(length, window, "cpu"))
+    mask = window_mask(length, window, "cpu")
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, want)
+    blocks = block_mask(length, window, "cpu")
+    count = -(-length // 128)
+    padded = torch.zeros(count * 128, count * 128, dtype=torch.bool)
+    padded[:length, :length] = mask
+    some = padded.view(count, 128, count, 128).any(3).any(1)
+    assert torch.equal(blocks.to_dense()[0, 0].bool(), some)
