@@ -82,7 +82,11 @@ def _head(state: State) -> list[str]:
     cuda = software["fastlm"]["cuda"]
     changed = ", with changes" if git.get("changed") else ""
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(state["updated"]))
+    trial = (
+        ["This was no GPU: times and ceilings mean nothing.", ""] if machine.get("device") == "cpu" else []
+    )
     return [
+        *trial,
         f"{when}, commit {git.get('commit', 'unknown')}{changed}, driver {machine.get('driver')}, torch "
         f"{software['torch']} (CUDA {software['cuda']}), Triton {software['triton']}.",
         f"fastlm {software['fastlm']['version']}, architectures {', '.join(cuda['architectures']) or 'none'}, "

@@ -7,12 +7,13 @@ from __future__ import annotations
 import json
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import ceilings, report, sanitize, sizes
+from bench.gpu import ceilings, pool, report, sanitize, sizes
 from bench.gpu.case import Contender, Problem, Target, Work
 from bench.gpu.cli import main
 from bench.gpu.edges import guarded
@@ -109,6 +110,51 @@ def test_check_and_bench_from_end_to_end(tmp_path):
     assert rows["mamba_ssm"]["status"] in ("unavailable", "timed", "failed")
     assert any(row[0].startswith("scan_swa/") for row in report.target_rows(found))
     assert any("torch, chunks in step" in row for row in report.time_rows(found))
+
+
+class _Doomed:
+    """In place of a worker: it starts, and dies at every item of an operator called `bad`."""
+
+    stage = ""
+
+    def __init__(self, *words: object) -> None:
+        self._name = ""
+
+    def ask(self, name: str) -> None:
+        self._name = name
+
+    def wait_for(self, key: str, seconds: float) -> dict | str:
+        if key == "ready":
+            return {"ready": True}
+        result = {"status": "passed", "reason": "", "data": {}}
+        return "died" if "/bad/" in self._name else {"result": result, "fatal": False}
+
+    def end(self) -> str:
+        return "SIGSEGV"
+
+    def finish(self) -> None:
+        pass
+
+
+def test_what_keeps_crashing_is_given_up(monkeypatch):
+    monkeypatch.setattr(pool, "_Worker", _Doomed)
+    items = [Item(f"sample/{op}/{i}", lambda context: None) for i in range(5) for op in ("bad", "good")]
+    outcomes: dict[str, Outcome] = {}
+    deadline = time.monotonic() + 60
+    left = pool.run_items(
+        "check", items, Settings(), workers=1, deadline=deadline, on_result=outcomes.__setitem__
+    )
+    assert left == []
+    assert [outcomes[f"sample/good/{i}"].status for i in range(5)] == ["passed"] * 5
+    assert [outcomes[f"sample/bad/{i}"].status for i in range(5)] == ["crashed"] * 3 + ["skipped"] * 2
+    assert outcomes["sample/bad/4"].reason.startswith("given up")
+
+
+def test_what_the_time_does_not_allow_is_left(monkeypatch):
+    monkeypatch.setattr(pool, "_Worker", _Doomed)
+    items = [Item(name, lambda context: None) for name in ("a", "b")]
+    words = {"workers": 1, "deadline": time.monotonic() - 1, "on_result": lambda name, outcome: None}
+    assert pool.run_items("check", items, Settings(), **words) == ["a", "b"]
 
 
 def test_words_that_fit_no_item(tmp_path, capfd):
