@@ -78,7 +78,7 @@ def _scan(recipes: dict[str, Any]) -> Named:
     yield "all_states_L129", partial(base, shape=(1, 17, 129), state=16, all_states=True)
     yield (
         "many_chunks",
-        partial(base, shape=(1, 8, 520), state=16, dtype=torch.bfloat16, layout="channel_last"),
+        partial(base, shape=(1, 40, 390), state=16, dtype=torch.bfloat16, layout="channel_last"),
     )
 
 
