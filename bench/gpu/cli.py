@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--full", action="store_true", help="--device cpu: all samples and sizes of the checks"
     )
+    parser.add_argument("--commit", metavar="HASH", help="to record, where the folder is no git checkout")
     parser.add_argument("--list", action="store_true", help="show the items and end")
     parser.add_argument("--faults", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -104,6 +105,8 @@ def _main(arguments: argparse.Namespace) -> int:
     from .facts import gather
 
     facts = gather(arguments.device)
+    if arguments.commit:
+        facts["git"] = facts["git"] or {"commit": arguments.commit, "changed": False}
     if arguments.device == "cuda" and not facts["software"]["fastlm"]["cuda"]["built"]:
         raise RuntimeError(f"fastlm was built without CUDA: {facts['software']['fastlm']['cuda']['why_not']}")
     state = load(arguments.state) if arguments.state.is_file() else new_state(facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ TIMED, WRONG, BROKEN, UNAVAILABLE, LEFT_OUT = "timed", "wrong", "failed", "unava
 
 
 def items(settings: Settings) -> list[Item]:
-    """All cases, those with targets first."""
+    """All cases, in turns over the operators, each with its most important ones first."""
     from . import cases_attention, cases_decode, cases_model, cases_scan
 
     modules = (cases_scan, cases_attention, cases_decode, cases_model)
-    found: list[GpuCase] = [case for module in modules for case in module.cases(tiny=settings.tiny)]
+    by_operator: dict[str, list[GpuCase]] = {}
+    for case in (case for module in modules for case in module.cases(tiny=settings.tiny)):
+        by_operator.setdefault(case.name.split("/")[0], []).append(case)
+    found = [case for turn in zip_longest(*by_operator.values()) for case in turn if case is not None]
     return [Item(case.name, partial(_measure, case), limit=case.limit) for case in found]
 
 
@@ -133,8 +137,8 @@ def _prepare(
         torch.cuda.empty_cache()
         return LEFT_OUT, f"out of memory: {_one_line(error)}", None, None
     except Exception as error:
-        if context.device == "cuda" and "CUDA error" in str(error):
-            raise
+        if context.device == "cuda":
+            torch.cuda.synchronize()  # raises where the error stays with the process
         return BROKEN, f"{type(error).__name__}: {_one_line(error)}", None, None
 
 
@@ -172,6 +176,7 @@ def _backward(problem: Problem, contender: Contender) -> tuple[Call, Results]:
     def call() -> tuple[Tensor, ...]:
         return torch.autograd.grad(kept, wanted, upstream, retain_graph=True)
 
+    call()  # a second time must do as well: some peers free what they saved
     found = call()
     return call, {f"d{name}": g for name, g in zip(problem.gradients, found, strict=True)}
 

@@ -258,7 +258,8 @@ def _notes(state: State) -> list[str]:
     for _, _, _, result in _results(state):
         for row in result["contenders"]:
             if row["status"] != "timed":
-                key = (row["name"], row["status"], row["reason"])
+                bad = row["ours"] and row["status"] in ("wrong", "failed")
+                key = (f"**{row['name']}**" if bad else row["name"], row["status"], row["reason"])
                 absent[key] = absent.get(key, 0) + 1
     lines = [f"- {name}: {status} ({count}x): {reason}" for (name, status, reason), count in absent.items()]
     notes = dict.fromkeys(
