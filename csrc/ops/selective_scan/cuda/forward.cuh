@@ -12,108 +12,9 @@
 // pass that carries states over the parts, and this scan of every part from its own first state.
 #pragma once
 
-#include "ops/selective_scan/cuda/forward_call.h"
-#include "ops/selective_scan/cuda/functions.cuh"
-#include "ops/selective_scan/cuda/sequences.cuh"
-#include "ops/selective_scan/cuda/stage.cuh"
+#include "ops/selective_scan/cuda/forward_scan.cuh"
 
 namespace fastlm::selective_scan::cuda {
-
-using fastlm::cuda::kFullWarp;
-using fastlm::cuda::Team;
-
-template <class T_, int kLanes_, int kPer_, int kSteps_, int kStages_>
-struct ForwardShape {
-  using T = T_;
-  using A = acc_t<T>;
-  static constexpr int kThreads = 128;
-  static constexpr int kLanes = kLanes_, kPer = kPer_, kSteps = kSteps_, kStages = kStages_;
-  static constexpr int kStates = kLanes * kPer, kChannels = kThreads / kLanes;
-  static_assert(kChunk % kSteps == 0 && kSteps % 4 == 0 && kLanes >= 4);
-
-  using Channels = Tile<T, kSteps, kChannels>;
-  using States = Tile<T, kSteps, kStates>;
-  static constexpr int kRawBytes = 3 * Channels::kBytes + 2 * States::kBytes;  // u, delta, z, B, C
-  static constexpr int kSumStride = kChannels + 9;  // writes of 4 steps x 8 channels and reads of columns meet 32 banks
-  static constexpr int kStepBytes = kSteps * kChannels * 2 * static_cast<int>(sizeof(A));  // pairs (dt, dt u)
-  static constexpr int kMatrixBytes = kSteps * kStates * static_cast<int>(sizeof(A));
-  static constexpr int kSumBytes = kSteps * kSumStride * static_cast<int>(sizeof(A));
-  static constexpr int kSharedBytes = kStages * kRawBytes + kStepBytes + 2 * kMatrixBytes + (kSumBytes + 15) / 16 * 16;
-
-  static __host__ __device__ int64_t blocks_per_group(const Params& p) { return ceil_div(p.dim / p.groups, kChannels); }
-  static __host__ __device__ int64_t blocks(const Params& p) { return p.groups * blocks_per_group(p); }
-};
-
-// A stretch of one sequence and the channels that a team scans.
-struct Stretch {
-  Sequence sequence;
-  int64_t number;      // of the sequence
-  int64_t begin, end;  // positions; begin - sequence.begin is a multiple of kChunk
-  int64_t slot;        // row of the states of parts
-  int64_t channel;     // first
-  int channels;
-  int64_t group;
-};
-
-template <class Shape>
-__device__ __forceinline__ Stretch stretch_of(const ForwardCall& call, int64_t item) {
-  const Params& p = call.p;
-  const int64_t blocks = Shape::blocks(p), per_group = Shape::blocks_per_group(p), group_dim = p.dim / p.groups;
-  const int64_t block = item % blocks, first = block % per_group * Shape::kChannels;
-  Stretch s;
-  s.slot = item / blocks;
-  const Part part = part_of(p, call.split, s.slot);
-  s.sequence = part.sequence;
-  s.number = part.number;
-  s.begin = part.begin;
-  s.end = part.end;
-  s.group = block / per_group;
-  s.channel = s.group * group_dim + first;
-  s.channels = static_cast<int>(min_of(Shape::kChannels, group_dim - first));
-  return s;
-}
-
-template <class T>
-__device__ __forceinline__ Source<T> source_of(const Activation& x, Order order, int64_t batch, int64_t channel, int64_t t) {
-  return {static_cast<const T*>(x.data) + batch * x.batch_stride + channel * x.dim_stride + t * x.seq_stride, x.seq_stride,
-          x.dim_stride, order};
-}
-template <class T>
-__device__ __forceinline__ Source<T> source_of(const Params& p, const Projection& m, Order order, int64_t batch, int64_t group,
-                                               int64_t t) {
-  const int64_t own = group / (p.groups / m.groups);
-  return {static_cast<const T*>(m.data) + batch * m.batch_stride + own * m.group_stride + t * m.seq_stride, m.seq_stride,
-          m.state_stride, order};
-}
-
-// Puts the tile of positions from t0 on its way. Nothing for positions past the end, but a group is closed for every call.
-template <class Shape>
-__device__ __forceinline__ void stage_tile(const Team<128>& team, const ForwardCall& call, const Stretch& s, int64_t t0,
-                                           char* to) {
-  using T = typename Shape::T;
-  const ForwardParams& p = call.p;
-  if (t0 < s.end) {
-    const int steps = static_cast<int>(min_of(Shape::kSteps, s.end - t0)), states = static_cast<int>(p.state);
-    const int64_t batch = s.sequence.batch;
-    constexpr int kBytes = Shape::Channels::kBytes;
-    stage<Shape::kSteps, Shape::kChannels>(team, to, source_of<T>(p.u, call.order.u, batch, s.channel, t0), steps, s.channels);
-    stage<Shape::kSteps, Shape::kChannels>(team, to + kBytes, source_of<T>(p.delta, call.order.delta, batch, s.channel, t0),
-                                           steps, s.channels);
-    if (p.z.data != nullptr && !call.ends_only) {
-      stage<Shape::kSteps, Shape::kChannels>(team, to + 2 * kBytes, source_of<T>(p.z, call.order.z, batch, s.channel, t0), steps,
-                                             s.channels);
-    }
-    if (!p.B.constant) {
-      stage<Shape::kSteps, Shape::kStates>(team, to + 3 * kBytes, source_of<T>(p, p.B, call.order.B, batch, s.group, t0), steps,
-                                           states);
-    }
-    if (!p.C.constant && !call.ends_only) {
-      stage<Shape::kSteps, Shape::kStates>(team, to + 3 * kBytes + Shape::States::kBytes,
-                                           source_of<T>(p, p.C, call.order.C, batch, s.group, t0), steps, states);
-    }
-  }
-  fastlm::cuda::commit_copies();
-}
 
 // Steps (dt, dt u) of a tile, B and C in fp32. Past `steps` all is 0: the state stays as it is there.
 template <class Shape>
@@ -129,10 +30,10 @@ __device__ __forceinline__ void prepare_tile(const Team<128>& team, const Forwar
   const A bias = channel < s.channels ? fastlm::cuda::load_param<A>(p.delta_bias.data, p.delta_bias.dtype,
                                                                     (s.channel + channel) * p.delta_bias.dim_stride)
                                       : A(0);
-#pragma unroll 4
+#pragma unroll 2
   for (int t = team.thread / Shape::kChannels; t < Shape::kSteps; t += Shape::kThreads / Shape::kChannels) {
     A dt = delta.at(t, channel) + bias;
-    if (p.delta_softplus) dt = softplus(dt);
+    if (p.delta_softplus) dt = softplus<sizeof(T) != 2>(dt);
     if (t >= steps) dt = A(0);
     A* pair = pairs + (t * Shape::kChannels + channel) * 2;
     pair[0] = dt;
@@ -140,102 +41,11 @@ __device__ __forceinline__ void prepare_tile(const Team<128>& team, const Forwar
   }
   const Staged<T, Shape::kSteps, Shape::kStates> b(raw + 3 * kBytes, call.order.B),
       c(raw + 3 * kBytes + Shape::States::kBytes, call.order.C);
-#pragma unroll 4
+#pragma unroll 2
   for (int i = team.thread; i < Shape::kSteps * Shape::kStates; i += Shape::kThreads) {
     const int t = i / Shape::kStates, n = i % Shape::kStates;
     if (!p.B.constant) B[i] = b.at(t, n);
     if (!p.C.constant && !call.ends_only) C[i] = c.at(t, n);
-  }
-}
-
-// Sums over the lanes of a channel of four values, one for each of four steps; lane l gets the one of step l % 4.
-template <int kLanes, class A>
-__device__ __forceinline__ A sum_over_lanes(const A (&y)[4], int lane) {
-  const bool odd = lane & 1, high = lane & 2;
-  const A first = (odd ? y[1] : y[0]) + __shfl_xor_sync(kFullWarp, odd ? y[0] : y[1], 1);
-  const A second = (odd ? y[3] : y[2]) + __shfl_xor_sync(kFullWarp, odd ? y[2] : y[3], 1);
-  A sum = (high ? second : first) + __shfl_xor_sync(kFullWarp, high ? first : second, 2);
-#pragma unroll
-  for (int distance = 4; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance);
-  return sum;
-}
-
-// How many of a lane's states get their exponentials from multiply-adds instead of the special-function unit. The same ones at
-// every position: the bits of a sequence must not depend on where it is cut. 0: by instruction count both units are busy as it
-// is.
-constexpr int kFmaStates = 0;
-
-__device__ __forceinline__ float decay_of(float x, int state) {
-  return state < kFmaStates ? power_of_two_fma(x) : power_of_two(x);
-}
-__device__ __forceinline__ double decay_of(double x, int) { return power_of_two(x); }
-
-template <int kPer, class A>
-__device__ __forceinline__ void load_states(A (&to)[kPer], const A* from) {
-#pragma unroll
-  for (int i = 0; i < kPer; i += 16 / static_cast<int>(sizeof(A))) {
-    if constexpr (sizeof(A) == 4) {
-      const float4 x = *reinterpret_cast<const float4*>(from + i);
-      to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
-    } else {
-      const double2 x = *reinterpret_cast<const double2*>(from + i);
-      to[i] = x.x, to[i + 1] = x.y;
-    }
-  }
-}
-
-// Scans the prepared tile: y (sums over the states) of each position, h afterwards. kPlain: B and C per position, no states kept.
-template <class Shape, bool kPlain, bool kEnds>
-__device__ __forceinline__ void scan_tile(const ForwardCall& call, const Stretch& s, int64_t t0, int steps, int channel, int lane,
-                                          const typename Shape::A (&decay)[Shape::kPer],
-                                          const typename Shape::A (&b_constant)[Shape::kPer],
-                                          const typename Shape::A (&c_constant)[Shape::kPer], const typename Shape::A* pairs,
-                                          const typename Shape::A* B, const typename Shape::A* C, typename Shape::A* sums,
-                                          typename Shape::A (&h)[Shape::kPer]) {
-  using A = typename Shape::A;
-  constexpr int kPer = Shape::kPer;
-  const ForwardParams& p = call.p;
-  const A* pair = pairs + channel * 2;
-  const A* b_row = B + lane * kPer;
-  const A* c_row = C + lane * kPer;
-  for (int t4 = 0; t4 < steps; t4 += 4) {
-    A y[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int t = t4 + j;
-      const A dt = pair[t * Shape::kChannels * 2], dtu = pair[t * Shape::kChannels * 2 + 1];
-      A b[kPer], c[kPer];
-      load_states<kPer>(b, b_row + t * Shape::kStates);
-      if constexpr (!kEnds) load_states<kPer>(c, c_row + t * Shape::kStates);
-      if constexpr (!kPlain) {
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) {
-          if (p.B.constant) b[i] = b_constant[i];
-          if (p.C.constant) c[i] = c_constant[i];
-        }
-      }
-      y[j] = A(0);
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        const A a = decay_of(dt * decay[i], i);
-        h[i] = fastlm::cuda::multiply_add(a, h[i], dtu * b[i]);
-        if constexpr (!kEnds) y[j] = fastlm::cuda::multiply_add(c[i], h[i], y[j]);
-      }
-      if constexpr (!kPlain && !kEnds) {
-        if (p.all_states != nullptr && t < steps && channel < s.channels) {
-          A* all =
-              static_cast<A*>(p.all_states) + ((s.sequence.batch * p.seqlen + t0 + t) * p.dim + s.channel + channel) * p.state;
-#pragma unroll
-          for (int i = 0; i < kPer; ++i) {
-            if (lane * kPer + i < p.state) all[lane * kPer + i] = h[i];
-          }
-        }
-      }
-    }
-    if constexpr (!kEnds) {
-      const A sum = sum_over_lanes<Shape::kLanes>(y, lane);
-      if (lane < 4) sums[(t4 + lane) * Shape::kSumStride + channel] = sum;
-    }
   }
 }
 
@@ -268,6 +78,7 @@ __device__ __forceinline__ void store_tile(const Team<128>& team, const ForwardC
       A skip[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) skip[i] = skip_of(first + i);
+#pragma unroll 1
       for (int t = team.thread / kPieces; t < steps; t += Shape::kThreads / kPieces) {
         if (first >= s.channels) break;
         alignas(16) T piece[kVector];
@@ -279,6 +90,7 @@ __device__ __forceinline__ void store_tile(const Team<128>& team, const ForwardC
     }
   }
   const bool by_columns = call.order.out == Order::kColumns;
+#pragma unroll 1
   for (int i = team.thread; i < Shape::kSteps * Shape::kChannels; i += Shape::kThreads) {
     const int t = by_columns ? i % Shape::kSteps : i / Shape::kChannels;
     const int channel = by_columns ? i / Shape::kSteps : i % Shape::kChannels;
@@ -305,7 +117,7 @@ __device__ void forward_tile(const Team<128>& team, const ForwardCall& call, int
   const int channel = team.thread / Shape::kLanes, lane = team.thread % Shape::kLanes;
   const bool real = channel < s.channels;
   const int64_t d = s.channel + channel;
-  A decay[kPer], h[kPer], b_constant[kPer], c_constant[kPer];
+  A decay[kPer], h[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int64_t n = lane * kPer + i;
@@ -314,12 +126,6 @@ __device__ void forward_tile(const Team<128>& team, const ForwardCall& call, int
     decay[i] = there ? static_cast<A>(kLog2e * fastlm::cuda::load_param<double>(p.A.data, p.A.dtype,
                                                                                 d * p.A.dim_stride + n * p.A.state_stride))
                      : A(0);
-    b_constant[i] = there && p.B.constant
-                        ? fastlm::cuda::load_param<A>(p.B.data, p.B.dtype, d * p.B.dim_stride + n * p.B.state_stride)
-                        : A(0);
-    c_constant[i] = there && p.C.constant
-                        ? fastlm::cuda::load_param<A>(p.C.data, p.C.dtype, d * p.C.dim_stride + n * p.C.state_stride)
-                        : A(0);
     h[i] = A(0);
     if constexpr (!kEnds) {
       if (there && call.split.begin_states != nullptr) {
@@ -333,25 +139,39 @@ __device__ void forward_tile(const Team<128>& team, const ForwardCall& call, int
   }
   const bool plain = !p.B.constant && !p.C.constant && (kEnds || p.all_states == nullptr);
 
-#pragma unroll
-  for (int i = 0; i + 1 < Shape::kStages; ++i) {
-    stage_tile<Shape>(team, call, s, s.begin + i * Shape::kSteps, shared + i * Shape::kRawBytes);
-  }
+  TileMovers<Shape> movers(call, s, team.thread);
+  const auto fetch = [&](int64_t t0, char* to) {
+    if (movers.apply && t0 + Shape::kSteps <= s.end) {
+      movers.copy(call, s, to, team.thread);
+      fastlm::cuda::commit_copies();
+    } else {
+      stage_tile<Shape>(team, call, s, t0, to);
+    }
+  };
+#pragma unroll 1
+  for (int i = 0; i + 1 < Shape::kStages; ++i) fetch(s.begin + i * Shape::kSteps, shared + i * Shape::kRawBytes);
   A total = A(0);  // of the step sizes of a part
   int stage = 0;
+#pragma unroll 1
   for (int64_t t0 = s.begin; t0 < s.end; t0 += Shape::kSteps) {
     const int steps = static_cast<int>(min_of(Shape::kSteps, s.end - t0));
     const int ahead = stage == 0 ? Shape::kStages - 1 : stage - 1;  // where the tile before last lay, or this one if it is alone
     const char* raw = shared + stage * Shape::kRawBytes;
-    stage_tile<Shape>(team, call, s, t0 + (Shape::kStages - 1) * Shape::kSteps, shared + ahead * Shape::kRawBytes);
+    fetch(t0 + (Shape::kStages - 1) * Shape::kSteps, shared + ahead * Shape::kRawBytes);
     fastlm::cuda::wait_copies<Shape::kStages - 1>();
     team.sync();
     prepare_tile<Shape>(team, call, s, steps, raw, pairs, B, C);
     team.sync();
-    if (plain) {
-      scan_tile<Shape, true, kEnds>(call, s, t0, steps, channel, lane, decay, b_constant, c_constant, pairs, B, C, sums, h);
+    if constexpr (!kEnds && Shape::kAhead) {
+      if (plain) {
+        scan_tile_ahead<Shape>(steps, channel, lane, decay, pairs, B, C, sums, h);
+      } else {
+        scan_tile<Shape, false, kEnds>(call, s, t0, steps, channel, lane, decay, pairs, B, C, sums, h);
+      }
+    } else if (plain) {
+      scan_tile<Shape, true, kEnds>(call, s, t0, steps, channel, lane, decay, pairs, B, C, sums, h);
     } else {
-      scan_tile<Shape, false, kEnds>(call, s, t0, steps, channel, lane, decay, b_constant, c_constant, pairs, B, C, sums, h);
+      scan_tile<Shape, false, kEnds>(call, s, t0, steps, channel, lane, decay, pairs, B, C, sums, h);
     }
     if constexpr (kEnds) {
       for (int t = 0; t < steps; ++t) total += pairs[(t * Shape::kChannels + channel) * 2];
@@ -389,7 +209,8 @@ __device__ void forward_tile(const Team<128>& team, const ForwardCall& call, int
 }
 
 template <class Shape, bool kEnds>
-__global__ void __launch_bounds__(Shape::kThreads) forward_kernel(const __grid_constant__ ForwardCall call, int64_t items) {
+__global__ void __launch_bounds__(Shape::kThreads, !kEnds && Shape::kPer == 4 && sizeof(typename Shape::A) == 4 ? 3 : 2)
+    forward_kernel(const __grid_constant__ ForwardCall call, int64_t items) {
   const Team<128> team{static_cast<int>(threadIdx.x), 1};
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     forward_tile<Shape, kEnds>(team, call, item, fastlm::cuda::shared_memory());

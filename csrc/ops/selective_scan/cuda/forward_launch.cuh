@@ -16,7 +16,7 @@ constexpr int kForwardStages = sizeof(T) == 2   ? 3
 template <class T>
 using ForwardSmall = ForwardShape<T, 4, 4, 32, kForwardStages<T>>;  // N up to 16
 template <class T>
-using ForwardMiddle = ForwardShape<T, 8, 8, 16, sizeof(T) == 8 ? 1 : 2>;  // 64
+using ForwardMiddle = ForwardShape<T, 16, 4, 16, sizeof(T) == 8 ? 1 : 2>;  // 64
 template <class T>
 using ForwardLarge = ForwardShape<T, 32, 8, 8, sizeof(T) == 8 ? 1 : 2>;  // 256
 

@@ -37,6 +37,7 @@ __device__ __forceinline__ void stage(const fastlm::cuda::Team<kThreads>& team, 
   if constexpr (Shape::kRowVectors) {
     if (from.order == Order::kRows && columns % kVector == 0 && aligned(from.step_stride)) {
       constexpr int kPieces = kColumns / kVector;
+#pragma unroll 1
       for (int i = team.thread; i < kSteps * kPieces; i += kThreads) {
         const int t = i / kPieces, column = i % kPieces * kVector;
         const bool valid = t < steps && column < columns;
@@ -49,6 +50,7 @@ __device__ __forceinline__ void stage(const fastlm::cuda::Team<kThreads>& team, 
   if constexpr (Shape::kColumnVectors) {
     if (from.order == Order::kColumns && steps == kSteps && aligned(from.column_stride)) {
       constexpr int kPieces = kSteps / kVector;
+#pragma unroll 1
       for (int i = team.thread; i < kColumns * kPieces; i += kThreads) {
         const int column = i / kPieces, t = i % kPieces * kVector;
         const bool valid = column < columns;
@@ -59,6 +61,7 @@ __device__ __forceinline__ void stage(const fastlm::cuda::Team<kThreads>& team, 
     }
   }
   const bool by_columns = from.order == Order::kColumns;
+#pragma unroll 1
   for (int i = team.thread; i < kSteps * kColumns; i += kThreads) {
     const int t = by_columns ? i % kSteps : i / kColumns, column = by_columns ? i / kSteps : i % kColumns;
     T x{};
@@ -66,6 +69,53 @@ __device__ __forceinline__ void stage(const fastlm::cuda::Team<kThreads>& team, 
     tile[by_columns ? column * Shape::kColumnStride + t : t * kColumns + column] = x;
   }
 }
+
+// What one thread copies of every whole tile of a tensor, where all pieces are aligned: found once, then moved from tile to tile.
+template <class T, int kSteps, int kColumns, int kThreads>
+struct Mover {
+  using Shape = Tile<T, kSteps, kColumns>;
+  static constexpr int kVector = Shape::kVector, kPieces = kSteps * kColumns / kVector;
+  static constexpr int kEach = (kPieces + kThreads - 1) / kThreads;
+  static constexpr bool kPossible = Shape::kRowVectors && Shape::kColumnVectors && (kPieces % kThreads == 0 || kEach == 1);
+  const T* from;
+
+  // Whether this way is open for a tensor: the first position of the first tile, and whole pieces of columns.
+  static __device__ __forceinline__ bool applies(const Source<T>& source, int columns) {
+    if (!kPossible || source.order == Order::kScattered) return false;
+    const int64_t stride = source.order == Order::kRows ? source.step_stride : source.column_stride;
+    return (reinterpret_cast<uintptr_t>(source.data) | stride * sizeof(T)) % 16 == 0 && columns == kColumns;
+  }
+
+  __device__ __forceinline__ Mover(const Source<T>& source, int thread) {
+    if (source.order == Order::kRows) {
+      constexpr int kRow = kColumns / kVector > 0 ? kColumns / kVector : 1;
+      from = source.data == nullptr ? nullptr : source.data + thread / kRow * source.step_stride + thread % kRow * kVector;
+    } else {
+      constexpr int kColumn = kSteps / kVector > 0 ? kSteps / kVector : 1;
+      from = source.data + thread / kColumn * source.column_stride + thread % kColumn * kVector;
+    }
+  }
+
+  // Copies this thread's pieces of the tile and moves on to the next tile.
+  __device__ __forceinline__ void copy(char* to, const Source<T>& source, int thread) {
+    if (kPieces % kThreads == 0 || thread < kPieces) {
+      T* tile = reinterpret_cast<T*>(to);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int piece = thread + i * kThreads;
+        if (source.order == Order::kRows) {
+          constexpr int kRow = kColumns / kVector > 0 ? kColumns / kVector : 1;
+          fastlm::cuda::copy_async<16>(tile + piece * kVector, from + i * (kThreads / kRow) * source.step_stride);
+        } else {
+          constexpr int kColumn = kSteps / kVector > 0 ? kSteps / kVector : 1;
+          fastlm::cuda::copy_async<16>(tile + piece / kColumn * Shape::kColumnStride + piece % kColumn * kVector,
+                                       from + i * (kThreads / kColumn) * source.column_stride);
+        }
+      }
+    }
+    from += kSteps * source.step_stride;
+  }
+};
 
 // Reads a staged tile.
 template <class T, int kSteps, int kColumns>
