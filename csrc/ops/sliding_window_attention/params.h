@@ -28,6 +28,15 @@ struct Sequence {
   int64_t k_begin, k_len;  // positions of the key and value tensors
 };
 
+// The same on the device. cu_q and cu_k null: `num_sequences` rows of the batch with total_q queries and total_k keys each;
+// otherwise bounds of packed sequences, (num_sequences + 1,), whose values nobody has checked.
+struct DeviceSequences {
+  const void *cu_q, *cu_k;
+  bool cu_q_64, cu_k_64;  // int64, else int32
+  int64_t num_sequences;
+  int64_t total_q, total_k;  // positions of the tensors
+};
+
 // Query i of a sequence stands at key position i + k_len - q_len and sees `left` keys before it and `right` after it.
 struct Params {
   int64_t num_heads, num_kv_heads, head_dim;
@@ -40,7 +49,8 @@ struct Params {
   void* lse;              // (B, H, Lq) or (H, T), accumulation type
   int64_t lse_batch_stride, lse_head_stride;
 
-  const Sequence* sequences;
+  const Sequence* sequences;  // CPU only
+  DeviceSequences device;     // CUDA only
 };
 
 struct BackwardParams : Params {  // `out` and `lse` are inputs here
