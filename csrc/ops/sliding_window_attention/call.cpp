@@ -1,4 +1,4 @@
-// sliding_window_attention on CPU: from tensors to the parameters and pieces of work of the kernels.
+// sliding_window_attention: from tensors to parameters; on CPU, to the pieces of work of the kernels.
 #include "ops/sliding_window_attention/call.h"
 
 #include <algorithm>
@@ -30,6 +30,22 @@ void fill_params(Params& p, const Tensor& q, const Tensor& k, const Tensor& v, c
   p.lse_batch_stride = n == 4 ? lse.stride(0) : 0;
   p.lse_head_stride = lse.stride(n - 3);
   p.sequences = sequences.data();
+}
+
+void fill_gradients(BackwardParams& p, const Tensor& dout, const OptionalTensor& dlse, const Tensor& dq, const Tensor& dk,
+                    const Tensor& dv, const Tensor& row_delta) {
+  p.dout = rows_of<ConstHeadRows>(dout);
+  p.dq = rows_of<MutableHeadRows>(dq);
+  p.dk = rows_of<MutableHeadRows>(dk);
+  p.dv = rows_of<MutableHeadRows>(dv);
+  p.row_delta = row_delta.data_ptr();
+  if (dlse.has_value()) {
+    const int64_t n = dlse->dim();
+    p.dlse = dlse->data_ptr();
+    p.dlse_batch_stride = n == 3 ? dlse->stride(0) : 0;
+    p.dlse_head_stride = dlse->stride(n - 2);
+    p.dlse_seq_stride = dlse->stride(n - 1);
+  }
 }
 
 std::vector<QueryBlock> query_blocks(const std::vector<Sequence>& sequences, int64_t kv_heads, int64_t queries_per_block) {

@@ -22,6 +22,10 @@ Rows rows_of(const Tensor& t) {
 void fill_params(Params& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                  const Options& options, const std::vector<Sequence>& sequences);
 
+// What fill_params leaves open of the backward pass; `row_delta` is contiguous.
+void fill_gradients(BackwardParams& p, const Tensor& dout, const OptionalTensor& dlse, const Tensor& dq, const Tensor& dk,
+                    const Tensor& dv, const Tensor& row_delta);
+
 // Blocks of all sequences and key heads, in order.
 std::vector<QueryBlock> query_blocks(const std::vector<Sequence>& sequences, int64_t kv_heads, int64_t queries_per_block);
 

@@ -50,18 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Te
 
   BackwardParams p{};
   fill_params(p, q, k, v, out, lse, options, sequences);
-  p.dout = rows_of<ConstHeadRows>(dout);
-  p.dq = rows_of<MutableHeadRows>(dq);
-  p.dk = rows_of<MutableHeadRows>(dk);
-  p.dv = rows_of<MutableHeadRows>(dv);
-  p.row_delta = row_delta.data_ptr();
-  if (dlse.has_value()) {
-    const int64_t n = dlse->dim();
-    p.dlse = dlse->data_ptr();
-    p.dlse_batch_stride = n == 3 ? dlse->stride(0) : 0;
-    p.dlse_head_stride = dlse->stride(n - 2);
-    p.dlse_seq_stride = dlse->stride(n - 1);
-  }
+  fill_gradients(p, dout, dlse, dq, dk, dv, row_delta);
 
   const int64_t group = p.num_heads / p.num_kv_heads;
   PartialLayout layout{};

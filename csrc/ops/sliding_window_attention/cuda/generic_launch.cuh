@@ -1,0 +1,27 @@
+// Launches of generic.cuh for one element type; included by the files that hold its instances.
+#pragma once
+
+#include "core/cuda/launch.h"
+#include "ops/sliding_window_attention/cuda/generic.cuh"
+
+namespace fastlm::sliding_window_attention::cuda {
+
+template <class T, int kDim, Pass kPass>
+cudaError_t launch_pass(const BackwardParams& p, cudaStream_t stream) {
+  using Shape = GenericShape<T, kDim>;
+  const int64_t items = Shape::items(p, kPass == Pass::kKeys || kPass == Pass::kValues);
+  if (items == 0) return cudaSuccess;
+  const dim3 grid(fastlm::cuda::limited(items, 0x7fffffff));
+  return fastlm::cuda::launch<generic<T, kDim, kPass>>(grid, Shape::kThreads, Shape::kSharedBytes, stream, p, items);
+}
+
+// The forward pass (of which only Params are looked at), or dq, dk and dv.
+template <class T, int kDim>
+cudaError_t launch_generic(const BackwardParams& p, bool backward, cudaStream_t stream) {
+  if (!backward) return launch_pass<T, kDim, Pass::kForward>(p, stream);
+  if (const cudaError_t status = launch_pass<T, kDim, Pass::kQueries>(p, stream); status != cudaSuccess) return status;
+  if (const cudaError_t status = launch_pass<T, kDim, Pass::kKeys>(p, stream); status != cudaSuccess) return status;
+  return launch_pass<T, kDim, Pass::kValues>(p, stream);
+}
+
+}  // namespace fastlm::sliding_window_attention::cuda
