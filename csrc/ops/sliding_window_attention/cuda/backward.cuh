@@ -75,8 +75,8 @@ struct Slope {
 
 // One tile of 64 queries of one head, or of 64 keys of one key head; 0 <= item < BackwardShape::items.
 template <class T, int kHeadDim, Gradient kGradient>
-__device__ __forceinline__ void backward_tile(const Team<128>& team, const BackwardParams& p, int64_t item, bool vectors,
-                                              char* shared) {
+__device__ __forceinline__ void backward_tile(const Team<128>& team, const BackwardParams& p, const TileOptions& options,
+                                              int64_t item, char* shared) {
   using Shape = BackwardShape<kHeadDim, kGradient>;
   constexpr int kDim = Shape::kDim, kRows = Shape::kRows, kColumns = Shape::kColumns, kStages = Shape::kStages;
   constexpr bool kByKeys = Shape::kByKeys, kNeedsScores = Shape::kNeedsScores, kNeedsWeights = Shape::kNeedsWeights;
@@ -100,38 +100,50 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
   const int lane = team.thread % 32, warp_row = team.thread / 32 * 16;
   const LaneRows lanes = lane_rows(lane);
   const int head_dim = static_cast<int>(p.head_dim);
-  const Scoring<float> score(p);
+  const Scoring<float>& score = options.score;
+  const bool vectors = options.vectors;
 
   const int64_t last = (tile.first + kRows < num_rows ? tile.first + kRows : num_rows) - 1;
   const Range seen = kByKeys ? visible_queries(p, s, tile.first, last) : visible_keys(p, s, tile.first, last);
-  const int64_t num_columns = kByKeys ? s.q_len : s.k_len;
   const int64_t first_column = seen.begin / kColumns * kColumns;
 
-  const auto load_rows = [&](char* to, const ConstHeadRows& q_or_k) {
-    load_tile<kRows, kDim>(team, to,
-                           source_rows<T>(q_or_k, s.batch, kByKeys ? s.k_begin : s.q_begin, tile.first, num_rows, row_head),
-                           head_dim, vectors);
+  const int num_tiles = seen.begin < seen.end ? static_cast<int>((seen.end - first_column + kColumns - 1) / kColumns) : 0;
+  const int64_t first_head = kByKeys ? row_head * group : row_head / group;  // of columns
+  const int num_steps = num_tiles * (kByKeys ? static_cast<int>(group) : 1);
+  const ConstHeadRows &from1 = kByKeys ? p.q : p.k, &from2 = kByKeys ? p.dout : p.v;
+  const auto band_at = [&](int i) {
+    const int64_t column = first_column + static_cast<int64_t>(i) * kColumns;
+    return kByKeys ? keys_see(p, s, tile.first, column) : queries_see(p, s, tile.first, column);
   };
-  const auto load_columns = [&](char* to, const ConstHeadRows& k_or_q, int64_t column, int64_t head) {
-    load_tile<kColumns, kDim>(
-        team, to, source_rows<T>(k_or_q, s.batch, kByKeys ? s.q_begin : s.k_begin, column, num_columns, head), head_dim, vectors);
+  const auto load_rows = [&](char* to, const ConstHeadRows& from) {
+    const T* x = own_piece<kDim>(team, head_row<T>(from, s.batch, (kByKeys ? s.k_begin : s.q_begin) + tile.first, row_head),
+                                 from.seq_stride);
+    load_tile<kRows, kDim>(team, to, x, from.seq_stride, static_cast<int>(last + 1 - tile.first), head_dim, vectors);
   };
   const auto stat_index = [&](int64_t query, int64_t head) {
     return s.batch * p.lse_batch_stride + head * p.lse_head_stride + s.q_begin + query;
   };
-  const auto load_stats = [&](float* to, const void* from, int64_t column, int64_t head) {
-    if (team.thread < kColumns) {
-      copy_async<4>(to + team.thread, static_cast<const float*>(from) + stat_index(column + team.thread, head),
-                    column + team.thread < s.q_len);
-    }
+  // Where the next copy of either operand of columns reads, and after the last tile of a head how far it is to the next head.
+  const int64_t column_begin = (kByKeys ? s.q_begin : s.k_begin) + first_column;
+  const T* at1 = own_piece<kDim>(team, head_row<T>(from1, s.batch, column_begin, first_head), from1.seq_stride);
+  const T* at2 = own_piece<kDim>(team, head_row<T>(from2, s.batch, column_begin, first_head), from2.seq_stride);
+  int64_t stats_at = kByKeys ? stat_index(first_column, first_head) + team.thread : 0;  // of the second operand
+  const auto load_stats = [&](float* to, const void* from, int64_t at, int limit) {
+    if (team.thread < kColumns) copy_async<4>(to + team.thread, static_cast<const float*>(from) + at, team.thread < limit);
   };
-  const auto load_first = [&](int stage, int64_t column, int64_t head) {
-    load_columns(columns1 + stage * Shape::kColumnBytes, kByKeys ? p.q : p.k, column, head);
-    if constexpr (kByKeys) load_stats(column_lse + stage * kColumns, p.lse, column, head);
+  // `limit`: columns that exist from there on; `at`: of their lse.
+  const auto load_first = [&](int stage, int limit, bool ends_head, int64_t at) {
+    load_tile<kColumns, kDim>(team, columns1 + stage * Shape::kColumnBytes, at1, from1.seq_stride, limit, head_dim, vectors);
+    at1 += kColumns * from1.seq_stride;
+    if (ends_head) at1 += from1.head_stride - num_tiles * (kColumns * from1.seq_stride);
+    if constexpr (kByKeys) load_stats(column_lse + stage * kColumns, p.lse, at, limit);
   };
-  const auto load_second = [&](int64_t column, int64_t head) {
-    load_columns(columns2, kByKeys ? p.dout : p.v, column, head);
-    if constexpr (kByKeys && kNeedsScores) load_stats(column_delta, p.row_delta, column, head);
+  const auto load_second = [&](int limit, bool ends_head) {
+    load_tile<kColumns, kDim>(team, columns2, at2, from2.seq_stride, limit, head_dim, vectors);
+    at2 += kColumns * from2.seq_stride;
+    if (ends_head) at2 += from2.head_stride - num_tiles * (kColumns * from2.seq_stride);
+    if constexpr (kByKeys && kNeedsScores) load_stats(column_delta, p.row_delta, stats_at, limit);
+    stats_at += ends_head ? p.lse_head_stride - (num_tiles - 1) * static_cast<int64_t>(kColumns) : kColumns;
   };
 
   // Of the lane's rows 8 half + lane / 4: 0 where there is none.
@@ -150,20 +162,25 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
   float sum1[1][kDim / 8][4] = {};  // dq or dk, over softmax_scale
   float sum2[1][kDim / 8][4] = {};  // dv
   team.sync();                      // of the tile before: everybody is done with its shared memory
-  if (seen.begin < seen.end) {
-    const int64_t end_head = kByKeys ? (row_head + 1) * group : row_head / group + 1;
-    int64_t head = kByKeys ? row_head * group : row_head / group, column = first_column;
+  Band band = band_at(0);
+  if (num_steps > 0) {
     if (team.thread < 2) found[team.thread] = 0;
     load_rows(rows1, kByKeys ? p.k : p.q);
     if constexpr (kNeedsScores) load_rows(rows2, kByKeys ? p.v : p.dout);
-    load_first(0, column, head);
+    load_first(0, band.limit, num_tiles == 1, stats_at);
     commit_copies();
-    for (int stage = 0; head < end_head; stage = (stage + 1) % kStages) {
-      const Band band = kByKeys ? keys_see(p, s, tile.first, column) : queries_see(p, s, tile.first, column);
+    int i = 0;  // tile of the head
+    int stage = 0;
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step) {
+      // The next tile is the one to the right or the next head's first.
+      const bool ends_head = i + 1 == num_tiles;
+      const int next_i = ends_head ? 0 : i + 1;
+      const Band next_band = next_i % kExactMoves == 0 ? band_at(next_i) : band.moved(kColumns);
+      const bool next_ends_head = next_i + 1 == num_tiles;
+      const int next_stage = kStages > 1 ? 1 - stage : 0;
       const bool full = band.is_full(kRows, kColumns);
       const bool idle = band.is_empty(warp_row, 16, kColumns);
-      const int64_t next_column = column + kColumns < seen.end ? column + kColumns : first_column;
-      const int64_t next_head = column + kColumns < seen.end ? head : head + 1;
       char* const first = columns1 + stage * Shape::kColumnBytes;
 
       // What is found before a barrier is read between it and the next, and not written again before that.
@@ -171,9 +188,9 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
       if (kNeedsScores && !full && found_not_finite<T, kColumns, kDim>(team, first)) found[0] = 1;
       team.sync();
       const bool bad1 = !full && found[0] != 0;
-      load_second(column, head);
+      load_second(band.limit, ends_head);
       commit_copies();
-      if (kStages > 1 && next_head < end_head) load_first((stage + 1) % kStages, next_column, next_head);
+      if (kStages > 1 && step + 1 < num_steps) load_first(next_stage, next_band.limit, next_ends_head, stats_at);
       commit_copies();
 
       float w[1][kColumns / 8][4];
@@ -184,7 +201,7 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
 #pragma unroll
           for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) w[0][n][i] = score.apply(w[0][n][i]);
+            for (int i = 0; i < 4; ++i) w[0][n][i] = score.apply_approx(w[0][n][i]);
           }
         }
         const auto weigh = [&](auto slope) {
@@ -251,13 +268,14 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
         if constexpr (kNeedsWeights) add_weighted<T, kDim>(sum2, weights, columns2, lanes);
         if constexpr (kNeedsScores) add_weighted<T, kDim>(sum1, gradients, first, lanes);
       }
-      if (kStages == 1 && next_head < end_head) {
+      if (kStages == 1 && step + 1 < num_steps) {
         team.sync();
-        load_first(0, next_column, next_head);
+        load_first(0, next_band.limit, next_ends_head, stats_at);
         commit_copies();
       }
-      column = next_column;
-      head = next_head;
+      i = next_i;
+      band = next_band;
+      stage = next_stage;
     }
     wait_copies<0>();
   }
@@ -269,16 +287,15 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
     store_rows<T, kDim>(sum, factor, through + warp_row * 2 * kDim, head_row<T>(to, s.batch, position, row_head), to.seq_stride,
                         count, head_dim, vectors, lane);
   };
-  if constexpr (kNeedsScores) store(sum1, static_cast<float>(p.softmax_scale), rows1, kByKeys ? p.dk : p.dq);
+  if constexpr (kNeedsScores) store(sum1, score.gradient_scale, rows1, kByKeys ? p.dk : p.dq);
   if constexpr (kNeedsWeights) store(sum2, 1.0f, kNeedsScores ? rows2 : rows1, p.dv);
 }
 
 template <class T, int kHeadDim, Gradient kGradient>
-__global__ void __launch_bounds__(128) backward_mma(const __grid_constant__ BackwardParams p, int64_t items, bool vectors) {
+__global__ void __launch_bounds__(128)
+    backward_mma(const __grid_constant__ BackwardParams p, const __grid_constant__ TileOptions options, int64_t first_item) {
   const Team<128> team{static_cast<int>(threadIdx.x), 1};
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    backward_tile<T, kHeadDim, kGradient>(team, p, item, vectors, fastlm::cuda::shared_memory());
-  }
+  backward_tile<T, kHeadDim, kGradient>(team, p, options, first_item + blockIdx.x, fastlm::cuda::shared_memory());
 }
 
 }  // namespace fastlm::sliding_window_attention::cuda

@@ -10,11 +10,11 @@ namespace fastlm::sliding_window_attention::cuda {
 template <class T, int kDim, Gradient kGradient>
 cudaError_t launch_gradient(const BackwardParams& p, cudaStream_t stream) {
   using Shape = BackwardShape<kDim, kGradient>;
-  const int64_t items = Shape::items(p);
-  if (items == 0) return cudaSuccess;
-  const dim3 grid(fastlm::cuda::limited(items, 0x7fffffff));
-  return fastlm::cuda::launch<backward_mma<T, kDim, kGradient>>(grid, Shape::kThreads, Shape::kSharedBytes, stream, p, items,
-                                                                vectors_apply(p, DTypeOf<T>::value));
+  const TileOptions options{Scoring<float>(p), vectors_apply(p, DTypeOf<T>::value)};
+  return for_all_items(Shape::items(p), [&](dim3 grid, int64_t first) {
+    return fastlm::cuda::launch<backward_mma<T, kDim, kGradient>>(grid, Shape::kThreads, Shape::kSharedBytes, stream, p, options,
+                                                                  first);
+  });
 }
 
 template <class T, int kDim>

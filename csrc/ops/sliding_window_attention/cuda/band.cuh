@@ -17,11 +17,15 @@ struct Band {
   __device__ __forceinline__ bool is_empty(int first, int rows, int columns) const {
     return low + first >= columns || high + first + rows - 1 < 0 || limit <= 0;
   }
+  // For columns that begin `by` later.
+  __device__ __forceinline__ Band moved(int by) const { return {low - by, high - by, limit - by}; }
   __device__ __forceinline__ int begin(int row) const { return low + row; }
   __device__ __forceinline__ int end(int row) const { return high + row + 1 < limit ? high + row + 1 : limit; }
 };
 
-__device__ __forceinline__ int band_bound(int64_t x) { return static_cast<int>(clamp_bound(x, -(1 << 24), 1 << 24)); }
+// A bound beyond every tile is cut; Band::moved keeps it there for kExactMoves tiles.
+constexpr int kExactMoves = 1 << 15;
+__device__ __forceinline__ int band_bound(int64_t x) { return static_cast<int>(clamp_bound(x, -(1 << 28), 1 << 28)); }
 
 // Queries from `query` on as rows, keys from `key` on as columns.
 __device__ __forceinline__ Band queries_see(const Params& p, const Sequence& s, int64_t query, int64_t key) {

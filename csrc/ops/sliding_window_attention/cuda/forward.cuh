@@ -77,7 +77,8 @@ __device__ __forceinline__ void online_softmax(float (&s)[kM][kN][4], float (&o)
 
 // One tile of queries of one head; 0 <= item < ForwardShape::items. `shared`: kSharedBytes, aligned to 128.
 template <class T, int kHeadDim>
-__device__ __forceinline__ void forward_tile(const Team<128>& team, const Params& p, int64_t item, bool vectors, char* shared) {
+__device__ __forceinline__ void forward_tile(const Team<128>& team, const Params& p, const TileOptions& options, int64_t item,
+                                             char* shared) {
   using Shape = ForwardShape<kHeadDim>;
   constexpr int kDim = Shape::kDim, kM = Shape::kM, kRows = Shape::kRows, kKeys = Shape::kKeys;
   // Heads beside each other share keys in the second-level cache; the last tiles, which see most keys, come first.
@@ -94,7 +95,8 @@ __device__ __forceinline__ void forward_tile(const Team<128>& team, const Params
   const LaneRows lanes = lane_rows(lane);
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
-  const Scoring<float> score(p);
+  const Scoring<float>& score = options.score;
+  const bool vectors = options.vectors;
 
   float o[kM][kDim / 8][4] = {};
   RowSums<kM> rows;
@@ -106,23 +108,28 @@ __device__ __forceinline__ void forward_tile(const Team<128>& team, const Params
 
   const int64_t last = tile.first + kRows < s.q_len ? tile.first + kRows : s.q_len;
   const Range seen = visible_keys(p, s, tile.first, last - 1);
-  const auto key_rows = [&](const ConstHeadRows& from, int64_t key) {
-    return source_rows<T>(from, s.batch, s.k_begin, key, s.k_len, kv_head);
-  };
+  const int64_t first_key = seen.begin / kKeys * kKeys;
+  const int num_tiles = seen.begin < seen.end ? static_cast<int>((seen.end - first_key + kKeys - 1) / kKeys) : 0;
+  const T* k = own_piece<kDim>(team, head_row<T>(p.k, s.batch, s.k_begin + first_key, kv_head), p.k.seq_stride);
+  const T* v = own_piece<kDim>(team, head_row<T>(p.v, s.batch, s.k_begin + first_key, kv_head), p.v.seq_stride);
+  const auto band_at = [&](int i) { return queries_see(p, s, tile.first, first_key + static_cast<int64_t>(i) * kKeys); };
+  Band band = band_at(0);
   team.sync();  // of the tile before: everybody is done with its shared memory
-  if (seen.begin < seen.end) {
+  if (num_tiles > 0) {
     if (team.thread == 0) *found = 0;
-    load_tile<kRows, kDim>(team, queries, source_rows<T>(p.q, s.batch, s.q_begin, tile.first, s.q_len, head), head_dim, vectors);
-    load_tile<kKeys, kDim>(team, keys, key_rows(p.k, seen.begin / kKeys * kKeys), head_dim, vectors);
+    const T* q = own_piece<kDim>(team, head_row<T>(p.q, s.batch, s.q_begin + tile.first, head), p.q.seq_stride);
+    load_tile<kRows, kDim>(team, queries, q, p.q.seq_stride, static_cast<int>(last - tile.first), head_dim, vectors);
+    load_tile<kKeys, kDim>(team, keys, k, p.k.seq_stride, band.limit, head_dim, vectors);
     commit_copies();
   }
-  for (int64_t key = seen.begin / kKeys * kKeys; key < seen.end; key += kKeys) {
-    const Band band = queries_see(p, s, tile.first, key);
+#pragma unroll 1
+  for (int i = 0; i < num_tiles; ++i, band = i % kExactMoves == 0 ? band_at(i) : band.moved(kKeys)) {
     const bool full = band.is_full(kRows, kKeys);
     const bool idle = band.is_empty(warp_row, 16 * kM, kKeys);
     wait_copies<0>();
     team.sync();
-    load_tile<kKeys, kDim>(team, values, key_rows(p.v, key), head_dim, vectors);
+    load_tile<kKeys, kDim>(team, values, v, p.v.seq_stride, band.limit, head_dim, vectors);
+    v += kKeys * p.v.seq_stride;
     commit_copies();
 
     Weights<kM, kKeys / 8> weights;
@@ -135,7 +142,7 @@ __device__ __forceinline__ void forward_tile(const Team<128>& team, const Params
 #pragma unroll
           for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) w[m][n][i] = score.apply(w[m][n][i]);
+            for (int i = 0; i < 4; ++i) w[m][n][i] = score.apply_approx(w[m][n][i]);
           }
         }
       }
@@ -147,8 +154,9 @@ __device__ __forceinline__ void forward_tile(const Team<128>& team, const Params
     wait_copies<0>();
     if (!full && found_not_finite<T, kKeys, kDim>(team, values)) *found = 1;
     team.sync();
-    if (key + kKeys < seen.end) {
-      load_tile<kKeys, kDim>(team, keys, key_rows(p.k, key + kKeys), head_dim, vectors);
+    if (i + 1 < num_tiles) {
+      k += kKeys * p.k.seq_stride;
+      load_tile<kKeys, kDim>(team, keys, k, p.k.seq_stride, band.limit - kKeys, head_dim, vectors);
       commit_copies();
     }
     if (!full && *found) {
@@ -182,11 +190,10 @@ __device__ __forceinline__ void forward_tile(const Team<128>& team, const Params
 }
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(128) forward_mma(const __grid_constant__ Params p, int64_t items, bool vectors) {
+__global__ void __launch_bounds__(128)
+    forward_mma(const __grid_constant__ Params p, const __grid_constant__ TileOptions options, int64_t first_item) {
   const Team<128> team{static_cast<int>(threadIdx.x), 1};
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    forward_tile<T, kHeadDim>(team, p, item, vectors, fastlm::cuda::shared_memory());
-  }
+  forward_tile<T, kHeadDim>(team, p, options, first_item + blockIdx.x, fastlm::cuda::shared_memory());
 }
 
 }  // namespace fastlm::sliding_window_attention::cuda

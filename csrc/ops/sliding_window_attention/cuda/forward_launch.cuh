@@ -10,11 +10,10 @@ namespace fastlm::sliding_window_attention::cuda {
 template <class T, int kDim>
 cudaError_t launch_forward_dim(const Params& p, cudaStream_t stream) {
   using Shape = ForwardShape<kDim>;
-  const int64_t items = Shape::items(p);
-  if (items == 0) return cudaSuccess;
-  const dim3 grid(fastlm::cuda::limited(items, 0x7fffffff));
-  return fastlm::cuda::launch<forward_mma<T, kDim>>(grid, Shape::kThreads, Shape::kSharedBytes, stream, p, items,
-                                                    vectors_apply(p, DTypeOf<T>::value));
+  const TileOptions options{Scoring<float>(p), vectors_apply(p, DTypeOf<T>::value)};
+  return for_all_items(Shape::items(p), [&](dim3 grid, int64_t first) {
+    return fastlm::cuda::launch<forward_mma<T, kDim>>(grid, Shape::kThreads, Shape::kSharedBytes, stream, p, options, first);
+  });
 }
 
 template <class T>

@@ -158,7 +158,8 @@ __device__ __forceinline__ A over_row(A x, F&& combine) {
 }
 
 template <class T, int kMaxHeadDim, Pass kPass>
-__device__ __forceinline__ void generic_tile(const Team<256>& team, const BackwardParams& p, int64_t item, char* shared) {
+__device__ __forceinline__ void generic_tile(const Team<256>& team, const BackwardParams& p, const Scoring<acc_t<T>>& score,
+                                             int64_t item, char* shared) {
   using Loop = GenericTile<T, kMaxHeadDim, kPass>;
   using A = typename Loop::A;
   constexpr int kPer = Loop::kPer, kRows = Loop::kRows, kColumns = Loop::kColumns, kSums = Loop::kSums;
@@ -175,7 +176,6 @@ __device__ __forceinline__ void generic_tile(const Team<256>& team, const Backwa
   if (tile.first >= num_rows) return;
 
   Loop loop(team, p, shared);
-  const Scoring<A> score(p);
   const int64_t last = (tile.first + kRows < num_rows ? tile.first + kRows : num_rows) - 1;
   const int count = static_cast<int>(last + 1 - tile.first);
   const Range seen = kByKeys ? visible_queries(p, s, tile.first, last) : visible_keys(p, s, tile.first, last);
@@ -275,7 +275,7 @@ __device__ __forceinline__ void generic_tile(const Team<256>& team, const Backwa
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int row = loop.ty * kPer + i;
-    A factor = kPass == Pass::kValues ? A(1) : static_cast<A>(p.softmax_scale);
+    A factor = kPass == Pass::kValues ? A(1) : score.gradient_scale;
     if constexpr (kForward) {
       const A sum = over_row(total[i], [](A a, A b) { return a + b; });
       factor = sum == A(0) ? A(0) : A(1) / sum;  // no key: 0
@@ -293,11 +293,10 @@ __device__ __forceinline__ void generic_tile(const Team<256>& team, const Backwa
 }
 
 template <class T, int kMaxHeadDim, Pass kPass>
-__global__ void __launch_bounds__(256) generic(const __grid_constant__ BackwardParams p, int64_t items) {
+__global__ void __launch_bounds__(256)
+    generic(const __grid_constant__ BackwardParams p, const __grid_constant__ Scoring<acc_t<T>> score, int64_t first_item) {
   const Team<256> team{static_cast<int>(threadIdx.x), 1};
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    generic_tile<T, kMaxHeadDim, kPass>(team, p, item, fastlm::cuda::shared_memory());
-  }
+  generic_tile<T, kMaxHeadDim, kPass>(team, p, score, first_item + blockIdx.x, fastlm::cuda::shared_memory());
 }
 
 }  // namespace fastlm::sliding_window_attention::cuda

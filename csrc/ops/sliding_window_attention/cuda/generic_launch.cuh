@@ -3,16 +3,18 @@
 
 #include "core/cuda/launch.h"
 #include "ops/sliding_window_attention/cuda/generic.cuh"
+#include "ops/sliding_window_attention/cuda/launch.h"
 
 namespace fastlm::sliding_window_attention::cuda {
 
 template <class T, int kDim, Pass kPass>
 cudaError_t launch_pass(const BackwardParams& p, cudaStream_t stream) {
   using Shape = GenericShape<T, kDim>;
+  const Scoring<acc_t<T>> score(p);
   const int64_t items = Shape::items(p, kPass == Pass::kKeys || kPass == Pass::kValues);
-  if (items == 0) return cudaSuccess;
-  const dim3 grid(fastlm::cuda::limited(items, 0x7fffffff));
-  return fastlm::cuda::launch<generic<T, kDim, kPass>>(grid, Shape::kThreads, Shape::kSharedBytes, stream, p, items);
+  return for_all_items(items, [&](dim3 grid, int64_t first) {
+    return fastlm::cuda::launch<generic<T, kDim, kPass>>(grid, Shape::kThreads, Shape::kSharedBytes, stream, p, score, first);
+  });
 }
 
 // The forward pass (of which only Params are looked at), or dq, dk and dv.

@@ -17,6 +17,17 @@ size_t backward_workspace_bytes(const BackwardParams& params, DType dtype);
 // Fills row_delta, dq, dk and dv.
 cudaError_t launch_backward(const BackwardParams& params, void* workspace, DType dtype, cudaStream_t stream);
 
+// Calls start(blocks, first item) until a block was started for each of `items` pieces of work: once, for all that fits memory.
+template <class F>
+cudaError_t for_all_items(int64_t items, F&& start) {
+  constexpr int64_t kMost = 0x7fffffff;
+  for (int64_t first = 0; first < items; first += kMost) {
+    const int64_t blocks = items - first < kMost ? items - first : kMost;
+    if (const cudaError_t status = start(dim3(static_cast<unsigned int>(blocks)), first); status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
 // ---- the parts ------------------------------------------------------------------------------------------------------------
 
 // row_delta: sum over K of dout * out, minus dlse; the first step of every backward pass.

@@ -7,6 +7,7 @@
 
 #include "core/cuda/device.cuh"
 #include "ops/sliding_window_attention/cuda/band.cuh"
+#include "ops/sliding_window_attention/cuda/scoring.cuh"
 #include "ops/sliding_window_attention/cuda/sequences.cuh"
 
 namespace fastlm::sliding_window_attention::cuda {
@@ -22,6 +23,12 @@ using fastlm::cuda::to_acc;
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+// What tiles need beside Params; filled on the host.
+struct TileOptions {
+  Scoring<float> score;
+  bool vectors;  // see vectors_apply
+};
+
 struct alignas(16) Piece {
   uint32_t word[4];
 };
@@ -33,22 +40,6 @@ struct Layout {
 
   static __device__ __forceinline__ int at(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
 };
-
-// Rows of the head dim in global memory.
-template <class T>
-struct SourceRows {
-  const T* first;
-  int64_t stride;  // elements
-  int count;       // rows that exist; the others read as zero
-};
-
-// Positions from..from + n of one head that end at `end`.
-template <class T>
-__device__ __forceinline__ SourceRows<T> source_rows(const ConstHeadRows& rows, int64_t batch, int64_t begin, int64_t from,
-                                                     int64_t end, int64_t head) {
-  const int64_t count = end - from;
-  return {head_row<T>(rows, batch, begin + from, head), rows.seq_stride, static_cast<int>(count < 1024 ? count : 1024)};
-}
 
 // Calls f(offset in the tile, row, first column) for the pieces that this thread copies.
 template <int kRows, int kDim, int kThreads, class F>
@@ -63,35 +54,45 @@ __device__ __forceinline__ void for_own_pieces(int thread, F&& f) {
   }
 }
 
-// Begins to copy a tile; `vectors`: pieces of 16 bytes in the background, otherwise element by element and at once.
+// The element of `rows` where this thread begins to copy a tile.
+template <int kDim, class T, int kThreads>
+__device__ __forceinline__ const T* own_piece(const Team<kThreads>& team, const T* rows, int64_t stride) {
+  constexpr int kPieces = Layout<kDim>::kPieces;
+  return rows + team.thread / kPieces * stride + team.thread % kPieces * 8;
+}
+
+// Begins to copy a tile of which `count` rows exist; the others read as zero. `x`: own_piece. `vectors`: pieces of 16 bytes in
+// the background, otherwise element by element and at once.
 template <int kRows, int kDim, class T, int kThreads>
-__device__ __forceinline__ void load_tile(const Team<kThreads>& team, char* tile, const SourceRows<T>& from, int head_dim,
-                                          bool vectors) {
-  if (vectors) {
-    for_own_pieces<kRows, kDim, kThreads>(team.thread, [&](int at, int row, int column) {
-      copy_async<16>(tile + at, from.first + row * from.stride + column, row < from.count && column < head_dim);
-    });
+__device__ __forceinline__ void load_tile(const Team<kThreads>& team, char* tile, const T* x, int64_t stride, int count,
+                                          int head_dim, bool vectors) {
+  using L = Layout<kDim>;
+  constexpr int kStep = kThreads / L::kPieces;
+  static_assert(kThreads % L::kPieces == 0 && kRows % kStep == 0);
+  const int piece = team.thread % L::kPieces, first_row = team.thread / L::kPieces;
+  const int64_t step = kStep * stride;
+  if (vectors && count >= kRows && head_dim == kDim) {
+#pragma unroll
+    for (int i = 0; i < kRows; i += kStep, x += step) copy_async<16>(tile + L::at(first_row + i, piece), x);
     return;
   }
-  for_own_pieces<kRows, kDim, kThreads>(team.thread, [&](int at, int row, int column) {
-    Piece piece{};
-    if (row < from.count) {
-      const T* x = from.first + row * from.stride + column;
+  const int last = 8 * piece < head_dim ? count : 0;
+  if (vectors) {
+#pragma unroll 2
+    for (int row = first_row; row < kRows; row += kStep, x += step) copy_async<16>(tile + L::at(row, piece), x, row < last);
+    return;
+  }
 #pragma unroll 1
-      for (int i = 0; i < 8 && column + i < head_dim; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(x[i].bits) << (i % 2 * 16);
-        if (i < 2)
-          piece.word[0] |= bits;
-        else if (i < 4)
-          piece.word[1] |= bits;
-        else if (i < 6)
-          piece.word[2] |= bits;
-        else
-          piece.word[3] |= bits;
+  for (int row = first_row; row < kRows; row += kStep, x += step) {
+    Piece words{};
+    if (row < last) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (8 * piece + i < head_dim) words.word[i / 2] |= static_cast<uint32_t>(x[i].bits) << (i % 2 * 16);
       }
     }
-    *reinterpret_cast<Piece*>(tile + at) = piece;
-  });
+    *reinterpret_cast<Piece*>(tile + L::at(row, piece)) = words;
+  }
 }
 
 // ---- values that are not finite -------------------------------------------------------------------------------------------
