@@ -50,6 +50,20 @@ def test_matches_torch_attention():
     torch.testing.assert_close(got, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 65, 96, 128, 130, 256, 264, 512])
+def test_head_dims(head_dim, dtype):
+    """Kernels differ by the head dim: at their bounds and beyond, over several tiles."""
+    draw = Draw("head dims")
+    call = Call(
+        qkv(draw, 75, 150, heads=(4, 2), head_dim=head_dim, dtype=dtype),
+        {"window_size": (80, 3), "causal": False, "softcap": 0.0 if head_dim % 64 else 4.0},
+    )
+    functions = (ops.sliding_window_attention, reference.sliding_window_attention)
+    assert_matches_reference(*functions, call, return_lse=True)
+    assert_gradients_match_reference(*functions, call)
+
+
 def test_rows_that_see_nothing():
     q, k, v = (t.requires_grad_() for t in qkv(Draw("nothing"), 9, 5))
     out, lse = ops.sliding_window_attention(q, k, v, return_lse=True)
@@ -108,13 +122,16 @@ def test_a_window_of_one_key_gives_its_value(draw, length, group, head_dim, dtyp
     left=st.integers(-1, 150),
     right=st.integers(-1, 20),
     causal=st.booleans(),
+    head_dim=st.sampled_from([9, 100, 160]),
     dtype=strategies.dtypes(),
     at=st.floats(0, 0.999),
 )
-def test_what_a_query_does_not_see_cannot_touch_it(draw, queries, more_keys, left, right, causal, dtype, at):
+def test_what_a_query_does_not_see_cannot_touch_it(
+    draw, queries, more_keys, left, right, causal, head_dim, dtype, at
+):
     """NaN outside the window of one query leaves its bits; NaN inside reaches it."""
     keys = max(queries + more_keys, 1)
-    q, k, v = qkv(draw, queries, keys, heads=(2, 1), head_dim=9, dtype=dtype)
+    q, k, v = qkv(draw, queries, keys, heads=(2, 1), head_dim=head_dim, dtype=dtype)
     options = {"window_size": (left, right), "causal": causal, "return_lse": True}
     out, lse = ops.sliding_window_attention(q, k, v, **options)
     i = int(at * queries)
@@ -335,6 +352,7 @@ def test_errors(args, kwargs, text):
         )
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(
     ("options", "text"),
     [

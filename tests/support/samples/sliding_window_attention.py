@@ -124,6 +124,7 @@ _FORWARD: dict[str, Recipe] = {
     "float16": partial(_forward, dtype=torch.float16, window_size=(4, 0)),
     "float64": partial(_forward, dtype=torch.float64, window_size=(4, 0)),
     "gaps": partial(_forward, layout="gaps"),
+    "gaps_bfloat16": partial(_forward, layout="gaps", head_dim=64, dtype=torch.bfloat16, window_size=(4, 0)),
     "no_unit_stride": partial(_forward, layout="no_unit_stride"),
     "head_major": partial(_forward, layout="channel_last", window_size=(4, 0)),
     "broadcast": partial(_forward, layout="broadcast"),

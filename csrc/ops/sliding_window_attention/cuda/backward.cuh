@@ -165,6 +165,7 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
   Band band = band_at(0);
   if (num_steps > 0) {
     if (team.thread < 2) found[team.thread] = 0;
+    team.sync();  // before somebody finds something
     load_rows(rows1, kByKeys ? p.k : p.q);
     if constexpr (kNeedsScores) load_rows(rows2, kByKeys ? p.v : p.dout);
     load_first(0, band.limit, num_tiles == 1, stats_at);

@@ -37,13 +37,20 @@ struct GenericShape {
   static constexpr int kRows = 16 * kPer, kColumns = 16 * kPer;
   static constexpr int kSlice = 16;  // of the head dim, and of columns
   static constexpr int kStride = kRows + 16 / sizeof(A);
-  static constexpr int kSums = kDim / 16;  // columns of the sums of a thread: tx + 16 n
+  static constexpr int kSums = kDim / 16;  // columns of the sums of a thread: groups of kPer neighbours, see column_of_sum
   static constexpr int kSharedBytes = static_cast<int>(sizeof(A)) * (2 * kSlice * kStride + kColumns * kStride + kSlice * kDim);
 
   static __host__ __device__ int64_t items(const Params& p, bool by_keys) {
     return by_keys ? key_slots(p.device, kRows) * p.num_kv_heads : query_slots(p.device, kRows) * p.num_heads;
   }
 };
+
+// 16 bytes of neighbours, read and written at once.
+template <class A, int kPer>
+struct alignas(16) Run {
+  A at[kPer];
+};
+static_assert(sizeof(Run<float, 4>) == 16 && sizeof(Run<double, 2>) == 16);
 
 // A thread's share of a tile of products: its rows and its columns are kPer neighbours each.
 template <class A, int kPer>
@@ -73,6 +80,8 @@ struct GenericTile {
     third = weights + kColumns * kStride;
   }
 
+  __device__ __forceinline__ int column_of_sum(int n) const { return n / kPer * 16 * kPer + tx * kPer + n % kPer; }
+
   __device__ __forceinline__ void load_slice(A* to, const T* first, int64_t stride, int count, int column) {
     for (int i = team.thread; i < kRows * kSlice; i += 256) {
       const int row = i / kSlice, k = i % kSlice;
@@ -91,16 +100,12 @@ struct GenericTile {
       team.sync();
 #pragma unroll
       for (int k = 0; k < kSlice; ++k) {
-        A a[kPer], b[kPer];
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) {
-          a[i] = left[k * kStride + ty * kPer + i];
-          b[i] = right[k * kStride + tx * kPer + i];
-        }
+        const auto a = *reinterpret_cast<const Run<A, kPer>*>(left + k * kStride + ty * kPer);
+        const auto b = *reinterpret_cast<const Run<A, kPer>*>(right + k * kStride + tx * kPer);
 #pragma unroll
         for (int i = 0; i < kPer; ++i) {
 #pragma unroll
-          for (int j = 0; j < kPer; ++j) s.at[i][j] += a[i] * b[j];
+          for (int j = 0; j < kPer; ++j) s.at[i][j] += a.at[i] * b.at[j];
         }
       }
       team.sync();
@@ -114,8 +119,10 @@ struct GenericTile {
                                                int count, const Band& band, bool full) {
 #pragma unroll
     for (int j = 0; j < kPer; ++j) {
+      Run<A, kPer> column;
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) weights[(tx * kPer + j) * kStride + ty * kPer + i] = w.at[i][j];
+      for (int i = 0; i < kPer; ++i) column.at[i] = w.at[i][j];
+      *reinterpret_cast<Run<A, kPer>*>(weights + (tx * kPer + j) * kStride + ty * kPer) = column;
     }
     for (int base = 0; base < kColumns; base += kSlice) {
       for (int i = team.thread; i < kSlice * Shape::kDim; i += 256) {
@@ -125,22 +132,22 @@ struct GenericTile {
       team.sync();
 #pragma unroll 1
       for (int j = 0; j < kSlice; ++j) {
-        A a[kPer];
+        const auto a = *reinterpret_cast<const Run<A, kPer>*>(weights + (base + j) * kStride + ty * kPer);
         bool sees[kPer];
 #pragma unroll
         for (int i = 0; i < kPer; ++i) {
           const int row = ty * kPer + i;
-          a[i] = weights[(base + j) * kStride + row];
           sees[i] = full || (base + j >= band.begin(row) && base + j < band.end(row));
         }
 #pragma unroll
-        for (int n = 0; n < kSums; ++n) {
+        for (int n = 0; n < kSums; n += kPer) {
           if (16 * n >= head_dim) break;
-          if (16 * n + tx >= head_dim) continue;
-          const A x = third[j * Shape::kDim + 16 * n + tx];
+          const auto x = *reinterpret_cast<const Run<A, kPer>*>(third + j * Shape::kDim + column_of_sum(n));
 #pragma unroll
           for (int i = 0; i < kPer; ++i) {
-            if (sees[i]) sums[i][n] += a[i] * x;
+            if (!sees[i]) continue;
+#pragma unroll
+            for (int c = 0; c < kPer; ++c) sums[i][n + c] += a.at[i] * x.at[c];
           }
         }
       }
@@ -287,7 +294,8 @@ __device__ __forceinline__ void generic_tile(const Team<256>& team, const Backwa
     T* out = head_row<T>(to, s.batch, (kByKeys ? s.k_begin : s.q_begin) + tile.first + row, row_head);
 #pragma unroll
     for (int n = 0; n < kSums; ++n) {
-      if (16 * n + loop.tx < loop.head_dim) out[16 * n + loop.tx] = from_acc<T>(sums[i][n] * factor);
+      const int column = loop.column_of_sum(n);
+      if (column < loop.head_dim) out[column] = from_acc<T>(sums[i][n] * factor);
     }
   }
 }
