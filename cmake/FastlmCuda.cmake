@@ -57,6 +57,9 @@ add_library(fastlm_cuda_kernels OBJECT csrc/core/cuda/launch.cu csrc/ceilings/cu
 target_include_directories(fastlm_cuda_kernels PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
 if(CutlassHeaders_FOUND)
   target_include_directories(fastlm_cuda_kernels SYSTEM PRIVATE "${CutlassHeaders_INCLUDE_DIR}")
+  if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a") # plain 90 lacks wgmma
+    target_compile_definitions(fastlm_cuda_kernels PRIVATE FASTLM_HOPPER_KERNELS)
+  endif()
 endif()
 target_compile_options(fastlm_cuda_kernels PRIVATE
   "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;--expt-extended-lambda;-Xcompiler=-fPIC,-fvisibility=hidden>")

@@ -169,13 +169,21 @@ void run_blocks(std::vector<std::unique_ptr<Block>>& blocks) {
   std::vector<Fiber*> order;
   for (const auto& block : blocks) order.insert(order.end(), block->fibers.begin(), block->fibers.end());
   if (schedule == 1) std::reverse(order.begin(), order.end());
+  const auto held_back = static_cast<unsigned int>(schedule >= 10 ? schedule - 10 : -1);  // warp
   int idle = 0;  // turns in which nothing happened; a few are harmless, as a wait may be looked at before what it waits for
   while (!order.empty()) {
     if (schedule == 2) {
       for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[machine.next_random() % i]);
     }
     const uint64_t before = machine.progress;
-    for (Fiber* fiber : order) resume(*fiber);
+    for (Fiber* fiber : order) {
+      if (fiber->thread / 32 != held_back) resume(*fiber);
+    }
+    if (machine.progress == before) {
+      for (Fiber* fiber : order) {
+        if (fiber->thread / 32 == held_back) resume(*fiber);
+      }
+    }
     std::erase_if(order, [](const Fiber* f) { return f->done; });
     idle = machine.progress == before ? idle + 1 : 0;
     if (idle > 3) fail_stuck(blocks);
@@ -267,6 +275,7 @@ void yield() {
 }
 
 void progress() { ++machine.progress; }
+uint64_t progress_so_far() { return machine.progress; }
 
 void exchange(uint32_t mask, void* payload, Combine combine) {
   const unsigned int lane = machine.current->thread % 32;

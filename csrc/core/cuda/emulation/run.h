@@ -2,7 +2,7 @@
 // runs until it waits for others. Barriers, exchanges of a warp and waits on memory are what they are on the device; a wait that
 // can never end, lanes that disagree about an exchange and shared memory that was never written (it starts as NaN) are found. It
 // says nothing about speed, and races show only if the order of threads matters: FASTLM_EMULATED_SCHEDULE picks the order (0
-// ascending, 1 descending, 2 shuffled at every turn).
+// ascending, 1 descending, 2 shuffled at every turn, 10 + w: warp w of every block runs only when no other thread can go on).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -47,6 +47,7 @@ size_t shared_bytes();
 // such a thing. A block in which nobody makes progress is an error.
 void yield();
 void progress();
+uint64_t progress_so_far();
 
 // The lanes of the running warp named by `mask` (or, for `size` > 32, an aligned group of as many threads) meet at one exchange:
 // each brings a payload, the last to arrive calls `combine` with the payloads by lane (null for lanes outside), all go on after.

@@ -4,6 +4,7 @@
 #include "core/cuda/dispatch.h"
 #include "core/cuda/launch.h"
 #include "ops/sliding_window_attention/cuda/delta.cuh"
+#include "ops/sliding_window_attention/cuda/hopper.h"
 
 namespace fastlm::sliding_window_attention::cuda {
 
@@ -64,6 +65,7 @@ cudaError_t launch_forward_generic(const Params& p, DType dtype, cudaStream_t st
 }
 
 cudaError_t launch_forward(const Params& p, DType dtype, cudaStream_t stream) {
+  if (hopper_forward_applies(p, dtype)) return launch_hopper_forward(p, dtype, stream);
   if (is_16_bit(dtype) && p.head_dim <= kMatrixHeadDim) return launch_forward_mma(p, dtype, stream);
   return launch_forward_generic(p, dtype, stream);
 }
@@ -87,10 +89,13 @@ cudaError_t launch_backward_generic(const BackwardParams& p, DType dtype, cudaSt
   return generic_pass(p, true, dtype, stream);
 }
 
-size_t backward_workspace_bytes(const BackwardParams&, DType) { return 0; }
+size_t backward_workspace_bytes(const BackwardParams& p, DType dtype) {
+  return hopper_backward_applies(p, dtype) ? hopper_backward_workspace_bytes(p) : 0;
+}
 
-cudaError_t launch_backward(const BackwardParams& p, void*, DType dtype, cudaStream_t stream) {
+cudaError_t launch_backward(const BackwardParams& p, void* workspace, DType dtype, cudaStream_t stream) {
   if (const cudaError_t status = launch_row_delta(p, dtype, stream); status != cudaSuccess) return status;
+  if (hopper_backward_applies(p, dtype)) return launch_hopper_backward(p, workspace, dtype, stream);
   if (is_16_bit(dtype) && p.head_dim <= kMatrixHeadDim) return launch_backward_mma(p, dtype, stream);
   return launch_backward_generic(p, dtype, stream);
 }
