@@ -7,11 +7,37 @@
 #include <vector>
 
 #include "adapter/tensor.h"
-#include "ops/sliding_window_attention/call.h"
 #include "ops/sliding_window_attention/checks.h"
 #include "ops/sliding_window_attention/cuda/launch.h"
+#include "ops/sliding_window_attention/cuda_call.h"
 
 namespace fastlm::sliding_window_attention {
+
+void DeviceBounds::fill(DeviceSequences& d, const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                        const OptionalTensor& cu_seqlens_k) {
+  d.total_q = q.size(q.dim() - 3);
+  d.total_k = k.size(k.dim() - 3);
+  d.num_sequences = q.size(0);
+  if (!cu_seqlens_q.has_value()) return;
+  cu_q = torch::stable::contiguous(*cu_seqlens_q);
+  cu_k = torch::stable::contiguous(*cu_seqlens_k);
+  d.cu_q = cu_q->data_ptr();
+  d.cu_k = cu_k->data_ptr();
+  d.cu_q_64 = cu_q->scalar_type() == ScalarType::Long;
+  d.cu_k_64 = cu_k->scalar_type() == ScalarType::Long;
+  d.num_sequences = cu_q->size(0) - 1;
+}
+
+DeviceForward::DeviceForward(const char* op, const Inputs& inputs, const Options& options) : in_(inputs) {
+  check_forward(op, in_.q, in_.k, in_.v, in_.cu_seqlens_q, in_.cu_seqlens_k, options);
+  out = fastlm::empty(shape_of(in_.q), in_.q.scalar_type(), in_.q);
+  lse = fastlm::empty(lse_shape(in_.q), lse_dtype(in_.q), in_.q);
+  if (empty()) return;
+  for (Tensor* t : {&in_.q, &in_.k, &in_.v}) *t = unit_inner_stride(*t);
+  fill_params(params, in_.q, in_.k, in_.v, out, lse, options, {});
+  bounds_.fill(params.device, in_.q, in_.k, in_.cu_seqlens_q, in_.cu_seqlens_k);
+}
+
 namespace {
 
 using Window = std::vector<int64_t>;
@@ -20,46 +46,15 @@ using OptionalFloat = std::optional<double>;
 
 DType dtype_of(const Tensor& x) { return static_cast<DType>(kernel_index(x.scalar_type())); }
 
-// Keeps contiguous copies alive as long as the launch needs them.
-struct DeviceBounds {
-  OptionalTensor cu_q, cu_k;
-
-  void fill(DeviceSequences& d, const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
-            const OptionalTensor& cu_seqlens_k) {
-    d.total_q = q.size(q.dim() - 3);
-    d.total_k = k.size(k.dim() - 3);
-    d.num_sequences = q.size(0);
-    if (!cu_seqlens_q.has_value()) return;
-    cu_q = torch::stable::contiguous(*cu_seqlens_q);
-    cu_k = torch::stable::contiguous(*cu_seqlens_k);
-    d.cu_q = cu_q->data_ptr();
-    d.cu_k = cu_k->data_ptr();
-    d.cu_q_64 = cu_q->scalar_type() == ScalarType::Long;
-    d.cu_k_64 = cu_k->scalar_type() == ScalarType::Long;
-    d.num_sequences = cu_q->size(0) - 1;
-  }
-};
-
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
                                    Window window_size, bool causal, OptionalFloat softmax_scale, double softcap,
                                    OptionalInt max_seqlen_q, OptionalInt max_seqlen_k) {
   constexpr const char* op = "sliding_window_attention";
   const Options options{window_size, causal, softmax_scale, softcap, max_seqlen_q, max_seqlen_k};
-  check_forward(op, q, k, v, cu_seqlens_q, cu_seqlens_k, options);
   const DeviceGuard guard(q.get_device_index());
-  const Tensor out = empty(shape_of(q), q.scalar_type(), q);
-  const Tensor lse = empty(lse_shape(q), lse_dtype(q), q);
-  if (out.numel() == 0) return {out, lse};
-  q = unit_inner_stride(q);
-  k = unit_inner_stride(k);
-  v = unit_inner_stride(v);
-
-  Params p{};
-  fill_params(p, q, k, v, out, lse, options, {});
-  DeviceBounds bounds;
-  bounds.fill(p.device, q, k, cu_seqlens_q, cu_seqlens_k);
-  check_launch(op, cuda::launch_forward(p, dtype_of(q), current_stream(q)));
-  return {out, lse};
+  const DeviceForward pass(op, {q, k, v, cu_seqlens_q, cu_seqlens_k}, options);
+  if (!pass.empty()) check_launch(op, cuda::launch_forward(pass.params, dtype_of(q), current_stream(q)));
+  return {pass.out, pass.lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,

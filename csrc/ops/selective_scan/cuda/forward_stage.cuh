@@ -10,14 +10,14 @@ namespace fastlm::selective_scan::cuda {
 using fastlm::cuda::kFullWarp;
 using fastlm::cuda::Team;
 
-template <class T_, int kLanes_, int kPer_, int kSteps_, int kStages_>
+template <class T_, int kLanes_, int kPer_, int kSteps_, int kStages_, bool kAhead_ = kPer_ == 4 && sizeof(acc_t<T_>) == 4>
 struct ForwardShape {
   using T = T_;
   using A = acc_t<T>;
   static constexpr int kThreads = 128;
   static constexpr int kLanes = kLanes_, kPer = kPer_, kSteps = kSteps_, kStages = kStages_;
   static constexpr int kStates = kLanes * kPer, kChannels = kThreads / kLanes;
-  static constexpr bool kAhead = kPer == 4 && sizeof(A) == 4;  // wider, it would not fit into registers
+  static constexpr bool kAhead = kAhead_;  // takes about 60 registers more
   static_assert(kChunk % kSteps == 0 && kSteps % 4 == 0 && kLanes >= 4);
 
   using Channels = Tile<T, kSteps, kChannels>;

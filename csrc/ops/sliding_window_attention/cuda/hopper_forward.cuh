@@ -19,7 +19,7 @@ namespace fastlm::sliding_window_attention::cuda {
 
 // kD: width of a head, padded to 64, 128 or 256.
 template <int kD>
-struct ForwardShape {
+struct HopperShape {
   static constexpr int kRows = 128, kWarpgroupRows = 64;
   static constexpr int kKeys = kD == 256 ? 64 : 128;
   static constexpr int kStages = kD == 64 ? 4 : 2;
@@ -32,7 +32,7 @@ struct ForwardShape {
 
 template <int kD>
 struct ForwardShared {
-  using Shape = ForwardShape<kD>;
+  using Shape = HopperShape<kD>;
   char* q;  // panels (kRows, 64)
   char* k;  // stages of panels (kKeys, 64)
   char* v;
@@ -75,7 +75,7 @@ struct ForwardShared {
 template <int kD>
 __device__ __forceinline__ void copy_queries_and_keys(const HopperForward& f, const ForwardShared<kD>& shared, int64_t block,
                                                       int64_t blocks) {
-  using Shape = ForwardShape<kD>;
+  using Shape = HopperShape<kD>;
   Ring<Shape::kStages> ring;
   int parity = 0;
   TileWalk walk;
@@ -118,7 +118,7 @@ __device__ __forceinline__ bool drop_infinite_part(char* block, int warp, int la
 template <class T, int kD>
 __device__ __forceinline__ void check_values(const HopperForward& f, const ForwardShared<kD>& shared, int64_t block,
                                              int64_t blocks, int warp, int lane) {
-  using Shape = ForwardShape<kD>;
+  using Shape = HopperShape<kD>;
   Ring<Shape::kStages> ring;
   TileWalk walk;
   for (int64_t tile; (tile = walk.tile(block, blocks)), walk.round * blocks < f.order.count; ++walk.round) {
@@ -218,7 +218,7 @@ struct Turns {
 template <class T, int kD, int kTurn>
 __device__ __forceinline__ void forward_consumer(const HopperForward& f, char* memory, int warpgroup, int thread, int64_t block,
                                                  int64_t blocks) {
-  using Shape = ForwardShape<kD>;
+  using Shape = HopperShape<kD>;
   constexpr int kKeys = Shape::kKeys;
   const ForwardShared<kD> shared(memory);
   const Turns<kTurn> turns{warpgroup};
@@ -344,7 +344,7 @@ __device__ __forceinline__ void forward_consumer(const HopperForward& f, char* m
 
 // ---- kernel ----------------------------------------------------------------------------------------------------------------
 template <class T, int kD>
-__global__ void __launch_bounds__(ForwardShape<kD>::kThreads, 1) hopper_forward(const __grid_constant__ HopperForward f) {
+__global__ void __launch_bounds__(HopperShape<kD>::kThreads, 1) hopper_forward(const __grid_constant__ HopperForward f) {
 #if FASTLM_HOPPER_BODY
   constexpr int kFirstBarrier = 1;
   char* memory = shared_memory();

@@ -10,7 +10,7 @@ namespace fastlm::sliding_window_attention::cuda {
 
 template <int kD>
 cudaError_t run_hopper_forward(const HopperForward& f, DType dtype, cudaStream_t stream) {
-  using Shape = ForwardShape<kD>;
+  using Shape = HopperShape<kD>;
   const dim3 grid(limited(f.order.count, current_device().num_sms));
   if (dtype == DType::kBFloat16) {
     return launch<hopper_forward<bfloat16, kD>>(grid, Shape::kThreads, ForwardShared<kD>::kBytes, stream, f);

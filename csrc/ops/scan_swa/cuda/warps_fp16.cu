@@ -1,0 +1,8 @@
+// The fused launch of float16 on warps.
+#include "ops/scan_swa/cuda/warps.cuh"
+
+namespace fastlm::scan_swa::cuda {
+
+template cudaError_t launch_warps<float16>(const scan::ForwardCall&, const sliding_window_attention::Params&, cudaStream_t);
+
+}  // namespace fastlm::scan_swa::cuda
