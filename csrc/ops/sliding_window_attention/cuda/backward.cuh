@@ -125,8 +125,7 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
   };
   // Where the next copy of either operand of columns reads, and after the last tile of a head how far it is to the next head.
   const int64_t column_begin = (kByKeys ? s.q_begin : s.k_begin) + first_column;
-  const T* at1 = own_piece<kDim>(team, head_row<T>(from1, s.batch, column_begin, first_head), from1.seq_stride);
-  const T* at2 = own_piece<kDim>(team, head_row<T>(from2, s.batch, column_begin, first_head), from2.seq_stride);
+  const T *at1 = nullptr, *at2 = nullptr;
   int64_t stats_at = kByKeys ? stat_index(first_column, first_head) + team.thread : 0;  // of the second operand
   const auto load_stats = [&](float* to, const void* from, int64_t at, int limit) {
     if (team.thread < kColumns) copy_async<4>(to + team.thread, static_cast<const float*>(from) + at, team.thread < limit);
@@ -166,6 +165,8 @@ __device__ __forceinline__ void backward_tile(const Team<128>& team, const Backw
   if (num_steps > 0) {
     if (team.thread < 2) found[team.thread] = 0;
     team.sync();  // before somebody finds something
+    at1 = own_piece<kDim>(team, head_row<T>(from1, s.batch, column_begin, first_head), from1.seq_stride);
+    at2 = own_piece<kDim>(team, head_row<T>(from2, s.batch, column_begin, first_head), from2.seq_stride);
     load_rows(rows1, kByKeys ? p.k : p.q);
     if constexpr (kNeedsScores) load_rows(rows2, kByKeys ? p.v : p.dout);
     load_first(0, band.limit, num_tiles == 1, stats_at);

@@ -110,13 +110,14 @@ __device__ __forceinline__ void forward_tile(const Team<128>& team, const Params
   const Range seen = visible_keys(p, s, tile.first, last - 1);
   const int64_t first_key = seen.begin / kKeys * kKeys;
   const int num_tiles = seen.begin < seen.end ? static_cast<int>((seen.end - first_key + kKeys - 1) / kKeys) : 0;
-  const T* k = own_piece<kDim>(team, head_row<T>(p.k, s.batch, s.k_begin + first_key, kv_head), p.k.seq_stride);
-  const T* v = own_piece<kDim>(team, head_row<T>(p.v, s.batch, s.k_begin + first_key, kv_head), p.v.seq_stride);
+  const T *k = nullptr, *v = nullptr;
   const auto band_at = [&](int i) { return queries_see(p, s, tile.first, first_key + static_cast<int64_t>(i) * kKeys); };
   Band band = band_at(0);
   team.sync();  // of the tile before: everybody is done with its shared memory
   if (num_tiles > 0) {
     if (team.thread == 0) *found = 0;
+    k = own_piece<kDim>(team, head_row<T>(p.k, s.batch, s.k_begin + first_key, kv_head), p.k.seq_stride);
+    v = own_piece<kDim>(team, head_row<T>(p.v, s.batch, s.k_begin + first_key, kv_head), p.v.seq_stride);
     const T* q = own_piece<kDim>(team, head_row<T>(p.q, s.batch, s.q_begin + tile.first, head), p.q.seq_stride);
     load_tile<kRows, kDim>(team, queries, q, p.q.seq_stride, static_cast<int>(last - tile.first), head_dim, vectors);
     load_tile<kKeys, kDim>(team, keys, k, p.k.seq_stride, band.limit, head_dim, vectors);

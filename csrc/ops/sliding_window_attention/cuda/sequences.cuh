@@ -45,6 +45,7 @@ struct Tile {
 
 // Slots of a grid over the tiles of all sequences. Host and device.
 inline __host__ __device__ int64_t num_slots(int64_t total, int64_t num_sequences, bool packed, int64_t rows) {
+  if (num_sequences == 0) return 0;
   return packed ? total / rows + num_sequences : num_sequences * ((total + rows - 1) / rows);
 }
 inline __host__ __device__ int64_t query_slots(const DeviceSequences& d, int64_t rows) {
