@@ -127,6 +127,13 @@ __device__ __forceinline__ void hold_registers(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Keeps the assembler, which sees nothing of hold_registers, from moving what x depends on below this place, as it likes to with
+// a wait that follows. x is not negative in the cases that matter: a negative one costs a moment of sleep.
+__device__ __forceinline__ void finish_before(float x) {
+  asm volatile("{\n.reg .pred negative;\nsetp.lt.f32 negative, %0, 0f00000000;\n@negative nanosleep.u32 1;\n}\n" ::"f"(x)
+               : "memory");
+}
+
 namespace detail {
 
 template <class T, int kN>

@@ -327,6 +327,7 @@ void wgmma_wait() {
 }
 template <int kCount>
 void hold_registers(float (&)[kCount]) {}
+inline void finish_before(float) {}
 
 template <class T, int kN, Major kA, Major kB>
 void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool add) {

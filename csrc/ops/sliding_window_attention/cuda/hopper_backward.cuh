@@ -163,6 +163,7 @@ __device__ __forceinline__ void backward_consumer(const HopperBackward& f, char*
                                                   int thread) {
   using Shape = BackwardShape<kD>;
   constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries, kPanels = Shape::kPanels;
+  constexpr bool kEarly = kD == 128 && !kSoftcap;  // where registers allow: operands of dv before dp is there
   const BackwardShared<kD> shared(memory);
   const int lane = thread % 32, key_row = warpgroup * 64 + thread / 32 * 16 + lane / 4;  // and the row 8 further
   const uint64_t k_left = swizzled_operand(shared.k + warpgroup * 64 * 128, 16, 1024);   // (64 keys, kD)
@@ -234,6 +235,17 @@ __device__ __forceinline__ void backward_consumer(const HopperBackward& f, char*
           }
         }
       }
+      const bool edge = t.edge(block);
+      const int begin[2] = {seen[0].begin - block * kQueries, seen[1].begin - block * kQueries};
+      const int end[2] = {seen[0].end - block * kQueries, seen[1].end - block * kQueries};
+      if constexpr (kEarly) {
+        if (edge) mask<kQueries>(s, begin, end, 0.0f, lane);
+        to_operand<T, kQueries>(s, p_left);
+        uint32_t all = 0;
+#pragma unroll
+        for (int i = 0; i < kQueries / 4; ++i) all |= p_left[i / 4][i % 4];
+        finish_before(__uint_as_float(all));  // the weights are computed while dp is multiplied
+      }
       wgmma_wait<0>();
       hold_registers(dp);
       if constexpr (kSoftcap) {
@@ -255,13 +267,11 @@ __device__ __forceinline__ void backward_consumer(const HopperBackward& f, char*
           }
         }
       }
-      if (t.edge(block)) {
-        const int begin[2] = {seen[0].begin - block * kQueries, seen[1].begin - block * kQueries};
-        const int end[2] = {seen[0].end - block * kQueries, seen[1].end - block * kQueries};
-        mask<kQueries>(s, begin, end, 0.0f, lane);
-        mask<kQueries>(dp, begin, end, 0.0f, lane);
+      if (edge) mask<kQueries>(dp, begin, end, 0.0f, lane);
+      if constexpr (!kEarly) {
+        if (edge) mask<kQueries>(s, begin, end, 0.0f, lane);
+        to_operand<T, kQueries>(s, p_left);
       }
-      to_operand<T, kQueries>(s, p_left);
       to_operand<T, kQueries>(dp, ds_left);
 
       hold_registers(dv);

@@ -321,6 +321,8 @@ __device__ __forceinline__ void forward_consumer(const HopperForward& f, char* m
       hold_registers(s);
       release(shared.k_empty + ring.stage);
       softmax(n);
+      finish_before(rows.sum[0]);  // the softmax runs while the values are multiplied
+      finish_before(rows.sum[1]);
       wgmma_wait<0>();
       hold_registers(o);
       release(shared.v_empty + before.stage);
