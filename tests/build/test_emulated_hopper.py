@@ -1,0 +1,58 @@
+"""The words of sm_90a on the emulated device: tile copies, barriers in shared memory, products of a warpgroup."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.build.test_emulated_device import ROOT, _run, cuda_headers
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    headers, compiler = cuda_headers(), shutil.which("g++")
+    if headers is None or compiler is None:
+        pytest.skip("the CUDA headers or a C++ compiler are missing")
+    target = tmp_path_factory.mktemp("emulated") / "hopper"
+    sources = [
+        "tests/build/emulated_hopper.cpp",
+        "csrc/core/cuda/emulation/run.cpp",
+        "csrc/core/cuda/tensor_map.cu",
+    ]
+    flags = ["-std=c++20", "-O1", "-w", "-DFASTLM_EMULATE_CUDA", "-fsanitize=undefined"]
+    flags += ["-fno-sanitize-recover=all", "-I", str(ROOT / "csrc"), "-isystem", str(headers), "-x", "c++"]
+    subprocess.run([compiler, *flags, *(str(ROOT / s) for s in sources), "-o", str(target)], check=True)
+    return target
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2, 10])
+@pytest.mark.parametrize(
+    "case", ["shared_k_k", "shared_mn_mn", "registers_k", "registers_mn", "tile", "phases", "bulk"]
+)
+def test_right_kernels(program, case, schedule):
+    done = _run(program, case, schedule)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", ["product_without_wait", "tile_without_wait"])
+def test_kernels_that_do_not_wait_give_wrong_numbers(program, case):
+    for schedule in (0, 1, 2):
+        done = _run(program, case, schedule)
+        assert done.returncode == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("product_without_fence", "wgmma without a wgmma_fence"),
+        ("one_arrival_more", "an mbarrier gets more arrivals in a phase than its init said"),
+        ("use_before_init", "an mbarrier is used before its init"),
+    ],
+)
+def test_kernels_that_break_the_rules_say_so(program, case, text):
+    done = _run(program, case, 0)
+    assert done.returncode < 0
+    assert text in done.stderr
