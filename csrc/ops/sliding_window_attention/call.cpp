@@ -82,6 +82,34 @@ Forward::Forward(const char* op, const Inputs& inputs, const Options& options)
   kernel_ = FASTLM_CPU_KERNELS(sliding_window_attention_forward).forward[kernel_index(in_.q.scalar_type())];
 }
 
+void fill_update(UpdateParams& p, UpdateInputs& in, const Tensor& out) {
+  for (Tensor* t : {&in.q, &in.k, &in.v}) *t = unit_inner_stride(*t);
+  p.batch = in.q.size(0);
+  p.num_new = in.q.size(1);
+  p.num_heads = in.q.size(2);
+  p.num_kv_heads = in.k.size(2);
+  p.head_dim = in.q.size(3);
+  p.ring = in.k_cache.size(1);
+  p.left = in.window_size[0] < 0 ? p.ring : std::min(in.window_size[0], p.ring);
+  p.softmax_scale = scale_or_default(in.softmax_scale, p.head_dim);
+  p.q = rows_of<ConstHeadRows>(in.q);
+  p.k = rows_of<ConstHeadRows>(in.k);
+  p.v = rows_of<ConstHeadRows>(in.v);
+  p.k_cache = rows_of<MutableHeadRows>(in.k_cache);
+  p.v_cache = rows_of<MutableHeadRows>(in.v_cache);
+  p.out = rows_of<MutableHeadRows>(out);
+  if (!in.rotary_cos.has_value()) return;
+  const Tensor &cos = *in.rotary_cos, &sin = *in.rotary_sin;
+  p.rotary_cos = cos.data_ptr();
+  p.rotary_sin = sin.data_ptr();
+  p.rotary_rows = cos.size(0);
+  p.rotary_dtype = param_dtype(cos);
+  p.cos_row_stride = cos.stride(0);
+  p.cos_stride = cos.stride(1);
+  p.sin_row_stride = sin.stride(0);
+  p.sin_stride = sin.stride(1);
+}
+
 Update::Update(const char* op, const UpdateInputs& inputs) : in_(inputs) {
   check_update(op, in_.q, in_.k, in_.v, in_.k_cache, in_.v_cache, in_.cache_seqlens, in_.window_size, in_.softmax_scale,
                in_.rotary_cos, in_.rotary_sin);
@@ -89,33 +117,8 @@ Update::Update(const char* op, const UpdateInputs& inputs) : in_(inputs) {
   check_positions(op, seen_, in_.q.size(1), in_.rotary_cos);
   out = empty(shape_of(in_.q), in_.q.scalar_type(), in_.q);
   if (in_.k.numel() == 0) return;
-  for (Tensor* t : {&in_.q, &in_.k, &in_.v}) *t = unit_inner_stride(*t);
-
-  p_.batch = in_.q.size(0);
-  p_.num_new = in_.q.size(1);
-  p_.num_heads = in_.q.size(2);
-  p_.num_kv_heads = in_.k.size(2);
-  p_.head_dim = in_.q.size(3);
-  p_.ring = in_.k_cache.size(1);
-  p_.left = in_.window_size[0] < 0 ? p_.ring : std::min(in_.window_size[0], p_.ring);
-  p_.softmax_scale = scale_or_default(in_.softmax_scale, p_.head_dim);
-  p_.q = rows_of<ConstHeadRows>(in_.q);
-  p_.k = rows_of<ConstHeadRows>(in_.k);
-  p_.v = rows_of<ConstHeadRows>(in_.v);
-  p_.k_cache = rows_of<MutableHeadRows>(in_.k_cache);
-  p_.v_cache = rows_of<MutableHeadRows>(in_.v_cache);
-  p_.out = rows_of<MutableHeadRows>(out);
+  fill_update(p_, in_, out);
   p_.cache_seqlens = seen_.data();
-  if (in_.rotary_cos.has_value()) {
-    const Tensor &cos = *in_.rotary_cos, &sin = *in_.rotary_sin;
-    p_.rotary_cos = cos.data_ptr();
-    p_.rotary_sin = sin.data_ptr();
-    p_.rotary_dtype = param_dtype(cos);
-    p_.cos_row_stride = cos.stride(0);
-    p_.cos_stride = cos.stride(1);
-    p_.sin_row_stride = sin.stride(0);
-    p_.sin_stride = sin.stride(1);
-  }
 
   rows_ = p_.num_new * (p_.num_heads / p_.num_kv_heads);
   held_ = std::min(p_.left + p_.num_new, p_.ring);

@@ -70,9 +70,12 @@ struct UpdateParams {
   ConstHeadRows q, k, v;             // (B, m, H, K), (B, m, Hkv, K), T
   MutableHeadRows k_cache, v_cache;  // (B, ring, Hkv, K), T
   MutableHeadRows out;               // (B, m, H, K), T
-  const int64_t* cache_seqlens;      // (B,) tokens before this call
+  const int64_t* cache_seqlens;      // (B,) tokens before this call; CPU
+  const void* device_seqlens;        // the same behind a device pointer, contiguous, int32 or int64; CUDA
+  bool device_seqlens_64;
 
   const void *rotary_cos, *rotary_sin;  // (P, K/2), or null
+  int64_t rotary_rows;                  // P; CUDA clamps positions into the table
   DType rotary_dtype;
   int64_t cos_row_stride, cos_stride, sin_row_stride, sin_stride;
 };
