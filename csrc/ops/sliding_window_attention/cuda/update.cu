@@ -9,7 +9,8 @@ namespace fastlm::sliding_window_attention::cuda {
 cudaError_t launch_update(const UpdateParams& p, const UpdateWorkspace& w, DType dtype, cudaStream_t stream) {
   const UpdatePlan plan = plan_update(p, dtype);
   if (plan.items == 0 || p.num_new == 0) return cudaSuccess;
-  const dim3 grid(fastlm::cuda::limited(plan.items, 1 << 30));
+  if (plan.items >= int64_t{1} << 30 || plan.rows >= int64_t{1} << 30) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned int>(plan.items));
   const auto bytes = static_cast<size_t>(plan.shared_bytes);
   return fastlm::cuda::visit_dtype(dtype, [&]<class T>() {
     using fastlm::cuda::launch;

@@ -86,9 +86,9 @@ static_assert(sizeof(RowStats<double>) <= kStatsBytes);
 // An item: queries of one key head against one split. Numbers of positions count from the split's first one.
 template <class A>
 struct Item {
-  int64_t number, seen;  // `seen`: tokens before this call
-  int64_t base;          // position that the split begins at
-  int b, kv_head, head_tile, row, splits;
+  int64_t seen;  // tokens before this call
+  int64_t base;  // position that the split begins at
+  int number, b, kv_head, row, splits;
   int count, fresh;  // positions of the split; from `fresh` on they are new
   int64_t slot;      // of the ring where the split begins
   A* q;              // shared memory: (rows, columns)
@@ -129,12 +129,11 @@ template <class T, int kRows>
 __device__ __forceinline__ void load_queries(const UpdateParams& p, const UpdatePlan& plan, const Item<acc_t<T>>& item,
                                              const UpdateTeam& team) {
   using A = acc_t<T>;
-  const int64_t group = p.num_heads / p.num_kv_heads;
   const int columns = plan.chunks * kVec<T>;
   const A scale = static_cast<A>(p.softmax_scale * 1.4426950408889634);
   for (int r = 0; r < kRows; ++r) {
-    const int64_t row = int64_t{item.row} + r, t = row < plan.rows ? row / group : 0;
-    const T* q = row < plan.rows ? head_row<T>(p.q, item.b, t, item.kv_head * group + row % group) : nullptr;
+    const int row = item.row + r, t = row < plan.rows ? row / plan.group : 0;
+    const T* q = row < plan.rows ? head_row<T>(p.q, item.b, t, item.kv_head * plan.group + row - t * plan.group) : nullptr;
     for (int i = team.thread; i < columns; i += kUpdateThreads) {
       item.q[r * columns + i] = q == nullptr || i >= p.head_dim ? A(0) : turned(p, q, item.seen + t, i) * scale;
     }
@@ -177,7 +176,7 @@ __device__ __forceinline__ void take_new(const UpdateParams& p, const UpdatePlan
       T value = from_acc<T>(0);
       if (i < p.head_dim) {
         value = kTurn && p.rotary_cos != nullptr ? from_acc<T>(turned(p, x, position, i)) : x[i];
-        if (item.head_tile == 0) ring[i] = value;
+        if (item.row == 0) ring[i] = value;
       }
       tile[key * plan.row_stride + i] = value;
     }
@@ -257,8 +256,7 @@ __device__ __forceinline__ void add_values(const UpdatePlan& plan, const Item<ac
   constexpr int kColumns = kOwned<T, kRows>;
   const int column = (team.thread & (plan.value_lanes - 1)) * kColumns, step = kUpdateThreads / plan.value_lanes;
   if (column >= plan.chunks * kVec<T>) return;
-  constexpr int kUnroll = kRows == 1 ? 4 : 2;
-#pragma unroll kUnroll
+#pragma unroll 2
   for (int key = team.thread / plan.value_lanes; key < count; key += step) {
     A v[kColumns], weight[kRows];
     load_values(values + key * plan.row_stride + column, v);
@@ -298,9 +296,9 @@ __device__ __forceinline__ int spread_sums(const UpdatePlan& plan, acc_t<T> (&ou
 }
 
 template <class T>
-__device__ __forceinline__ T* out_row(const UpdateParams& p, const Item<acc_t<T>>& item, int row) {
-  const int64_t group = p.num_heads / p.num_kv_heads;
-  return head_row<T>(p.out, item.b, row / group, item.kv_head * group + row % group);
+__device__ __forceinline__ T* out_row(const UpdateParams& p, const UpdatePlan& plan, const Item<acc_t<T>>& item, int row) {
+  const int t = row / plan.group;
+  return head_row<T>(p.out, item.b, t, item.kv_head * plan.group + row - t * plan.group);
 }
 
 // Adds up the splits of the item's rows, in order. Called by the whole team once all of them are written.
@@ -308,10 +306,10 @@ template <class T, int kRows>
 __device__ __forceinline__ void merge_splits(const UpdateParams& p, const UpdatePlan& plan, const UpdateWorkspace& w,
                                              const Item<acc_t<T>>& item, acc_t<T>* factors, const UpdateTeam& team) {
   using A = acc_t<T>;
-  const int splits = item.splits, lane = team.thread % 32;
+  const int splits = item.splits, lane = team.thread % 32, head_dim = static_cast<int>(p.head_dim);
   const int64_t first = item.number / plan.splits * plan.splits;  // numbers of the splits of the same rows follow each other
   const A* stats = static_cast<const A*>(w.stats) + first * kRows * 2;
-  const A* sums = static_cast<const A*>(w.sums) + first * kRows * p.head_dim;
+  const A* const sums = static_cast<const A*>(w.sums) + first * kRows * p.head_dim;
   A* const inverse = factors + kRows * splits;
   for (int r = team.thread / 32; r < kRows; r += kUpdateThreads / 32) {
     A largest = negative_infinity<A>();
@@ -331,11 +329,12 @@ __device__ __forceinline__ void merge_splits(const UpdateParams& p, const Update
   team.sync();
   const int rows = clip(plan.rows - item.row, kRows);
   for (int r = 0; r < rows; ++r) {
-    T* const out = out_row<T>(p, item, item.row + r);
-    for (int64_t n = team.thread; n < p.head_dim; n += kUpdateThreads) {
+    T* const out = out_row<T>(p, plan, item, item.row + r);
+    for (int n = team.thread; n < head_dim; n += kUpdateThreads) {
+      const A* part = sums + r * head_dim + n;
       A sum = 0;
-#pragma unroll 16
-      for (int i = 0; i < splits; ++i) sum += factors[r * splits + i] * sums[(i * kRows + r) * p.head_dim + n];
+#pragma unroll 8
+      for (int i = 0; i < splits; ++i, part += kRows * head_dim) sum += factors[r * splits + i] * *part;
       out[n] = from_acc<T>(sum * inverse[r]);
     }
   }
@@ -355,8 +354,8 @@ __device__ __forceinline__ void finish(const UpdateParams& p, const UpdatePlan& 
     if (item.row + r >= plan.rows) break;
     const A total = item.stats->sum[r];
     const A inverse = total == A(0) ? A(0) : A(1) / total;
-    T* const to = out_row<T>(p, item, item.row + r);
-    A* const part = static_cast<A*>(w.sums) + (item.number * kRows + r) * p.head_dim;
+    T* const to = out_row<T>(p, plan, item, item.row + r);
+    A* const part = static_cast<A*>(w.sums) + (int64_t{item.number} * kRows + r) * p.head_dim;
     for (int n = team.thread; n < head_dim; n += kUpdateThreads) {
       A sum = 0;
       for (int s = 0; s < slots; ++s) sum += over_tiles[(s * kRows + r) * columns + n];
@@ -369,7 +368,7 @@ __device__ __forceinline__ void finish(const UpdateParams& p, const UpdatePlan& 
   }
   if (item.splits == 1) return;
   if (team.thread < kRows) {
-    A* const stats = static_cast<A*>(w.stats) + (item.number * kRows + team.thread) * 2;
+    A* const stats = static_cast<A*>(w.stats) + (int64_t{item.number} * kRows + team.thread) * 2;
     stats[0] = item.stats->largest[team.thread];
     stats[1] = item.stats->sum[team.thread];
   }
@@ -388,23 +387,23 @@ __device__ __forceinline__ void finish(const UpdateParams& p, const UpdatePlan& 
 
 // One item. Ends with a barrier of the team, so that the next may follow.
 template <class T, int kRows>
-__device__ __forceinline__ void update_item(const UpdateParams& p, const UpdatePlan& plan, const UpdateWorkspace& w,
-                                            int64_t number, const UpdateTeam& team, char* shared) {
+__device__ __forceinline__ void update_item(const UpdateParams& p, const UpdatePlan& plan, const UpdateWorkspace& w, int number,
+                                            const UpdateTeam& team, char* shared) {
   using A = acc_t<T>;
   Item<A> item;
   item.number = number;
-  const int64_t rows_number = number / plan.splits, head_number = rows_number / plan.row_tiles;
-  item.head_tile = static_cast<int>(rows_number - head_number * plan.row_tiles);
-  item.b = static_cast<int>(head_number / p.num_kv_heads);
-  item.kv_head = static_cast<int>(head_number - item.b * p.num_kv_heads);
-  item.row = item.head_tile * kRows;
+  const int rows_number = number / plan.splits, head_number = rows_number / plan.row_tiles;
+  const int kv_heads = static_cast<int>(p.num_kv_heads);
+  item.b = head_number / kv_heads;
+  item.kv_head = head_number - item.b * kv_heads;
+  item.row = (rows_number - head_number * plan.row_tiles) * kRows;
   item.seen = tokens_seen(p, item.b);
-  const int64_t split_keys = plan.tiles * plan.positions, begin = (number - rows_number * plan.splits) * split_keys;
+  const int64_t begin = int64_t{number - rows_number * plan.splits} * plan.split_positions;
   const int64_t oldest = first_visible(p, item.seen, 0), visible = item.seen + p.num_new - oldest;
   if (begin >= visible) return;
-  item.splits = static_cast<int>((visible + split_keys - 1) / split_keys);
   item.base = oldest + begin;
-  item.count = static_cast<int>(min(visible - begin, split_keys));
+  item.count = static_cast<int>(min(visible - begin, int64_t{plan.split_positions}));
+  item.splits = static_cast<int>((visible + plan.split_positions - 1) / plan.split_positions);
   item.fresh = clip(item.seen - item.base, item.count);
   item.slot = item.base % p.ring;
   item.q = reinterpret_cast<A*>(shared);
@@ -426,7 +425,8 @@ __device__ __forceinline__ void update_item(const UpdateParams& p, const UpdateP
     take_new<T, true>(p, plan, p.k, p.k_cache, item, at, keys, team);
     take_new<T, false>(p, plan, p.v, p.v_cache, item, at, values, team);
     if (team.thread < kRows) {
-      const int64_t row = int64_t{item.row} + team.thread, group = max(p.num_heads / p.num_kv_heads, int64_t{1}), t = row / group;
+      const int row = item.row + team.thread;
+      const int64_t t = row / max(plan.group, 1);
       const int64_t tile = item.base + at;
       const bool real = row < plan.rows;
       item.stats->first[team.thread] = real ? clip(first_visible(p, item.seen, t) - tile, count) : 0;
@@ -472,9 +472,7 @@ __global__ void __launch_bounds__(kUpdateThreads, kRows == kMaxTileRows ? 4 : 5)
     update(const __grid_constant__ UpdateParams p, const __grid_constant__ UpdatePlan plan,
            const __grid_constant__ UpdateWorkspace w) {
   const UpdateTeam team{static_cast<int>(threadIdx.x), 1};
-  for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-    update_item<T, kRows>(p, plan, w, item, team, fastlm::cuda::shared_memory());
-  }
+  update_item<T, kRows>(p, plan, w, static_cast<int>(blockIdx.x), team, fastlm::cuda::shared_memory());
 }
 
 }  // namespace

@@ -20,16 +20,17 @@ constexpr int kMaxPositions = 64, kMinPositions = 8;
 constexpr int kStatsBytes = 272;  // RowStats
 
 struct UpdatePlan {
-  int64_t rows, row_tiles, items;  // queries of a key head; tiles of them; pieces of work of the call
-  int tile_rows;                   // 1, 4 or 8
-  int positions;                   // keys of a tile in shared memory: 64, 32, 16 or 8
-  int64_t tiles, splits;           // tiles of a split, one after another; splits
-  int chunks;                      // of a head, kVec elements each, the last one padded
-  int chunk_lanes;                 // power of two that covers them: threads side by side on a copy
-  int value_lanes;                 // the same for what a thread adds up of a value: update_columns
-  int part_bits;                   // 2^part_bits threads share a key
-  int row_stride;                  // elements between keys in shared memory
-  bool vector;                     // caches may be read 16 bytes at a time
+  int64_t rows, items;          // queries of a key head; pieces of work of the call
+  int row_tiles, group;         // tiles of rows; query heads of a key head
+  int tile_rows;                // 1, 4 or 8
+  int positions;                // keys of a tile in shared memory: 64, 32, 16 or 8
+  int splits, split_positions;  // splits; positions of one, a multiple of `positions`
+  int chunks;                   // of a head, kVec elements each, the last one padded
+  int chunk_lanes;              // power of two that covers them: threads side by side on a copy
+  int value_lanes;              // the same for what a thread adds up of a value: update_columns
+  int part_bits;                // 2^part_bits threads share a key
+  int row_stride;               // elements between keys in shared memory
+  bool vector;                  // caches may be read 16 bytes at a time
   // Shared memory: bytes to each part, and in all.
   int scores, stats, keys, values, shared_bytes;
 };
@@ -55,9 +56,10 @@ constexpr int update_columns(int64_t bytes, int rows) { return bytes == 2 && row
 inline UpdatePlan plan_update(const UpdateParams& p, DType dtype) {
   const int64_t bytes = element_bytes(dtype), acc = dtype == DType::kFloat64 ? 8 : 4, vec = bytes == 2 ? 8 : 4;
   UpdatePlan plan{};
-  plan.rows = p.num_new * (p.num_heads / p.num_kv_heads);
+  plan.group = static_cast<int>(p.num_heads / p.num_kv_heads);
+  plan.rows = p.num_new * plan.group;
   plan.tile_rows = dtype == DType::kFloat64 || (plan.rows > 1 && plan.rows <= 4) ? 4 : plan.rows <= 1 ? 1 : kMaxTileRows;
-  plan.row_tiles = max_of(1, ceil_div(plan.rows, plan.tile_rows));
+  plan.row_tiles = static_cast<int>(max_of(1, ceil_div(plan.rows, plan.tile_rows)));
   plan.chunks = static_cast<int>(ceil_div(p.head_dim, vec));
   plan.chunk_lanes = 8;
   while (plan.chunk_lanes < plan.chunks) plan.chunk_lanes *= 2;
@@ -81,8 +83,8 @@ inline UpdatePlan plan_update(const UpdateParams& p, DType dtype) {
 
   const int64_t held = min_of(p.left + p.num_new, p.ring);
   const int64_t least = plan.tile_rows == kMaxTileRows ? 2 : 1;  // more rows write more per split: fewer splits
-  plan.tiles = max_of(least, ceil_div(held, kMaxSplits * plan.positions));
-  plan.splits = max_of(1, ceil_div(held, plan.tiles * plan.positions));
+  plan.split_positions = static_cast<int>(max_of(least, ceil_div(held, kMaxSplits * plan.positions)) * plan.positions);
+  plan.splits = static_cast<int>(max_of(1, ceil_div(held, plan.split_positions)));
   plan.items = p.batch * p.num_kv_heads * plan.splits * plan.row_tiles;
 
   const int64_t columns = plan.chunks * vec;
