@@ -1,0 +1,128 @@
+// The state update of the step: a warp takes 8 channels, four lanes each. dt = low W^T by the lanes together, then
+// h = exp(dt A) h + dt u B, y = (C h + D u) silu(z), arithmetic and order as in selective_state_update. Every block forms low, B
+// and C from the partial sums of the product before. Bound by latency at a few tokens, by the memory of the states at many.
+#pragma once
+
+#include "ops/samba_decode_step/cuda/weights.cuh"
+
+namespace fastlm::samba_decode_step::cuda {
+namespace {
+
+using fastlm::cuda::sigmoid;
+
+__device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+__device__ __forceinline__ double softplus(double x) { return x > 20.0 ? x : log1p(exp(x)); }
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+__device__ __forceinline__ float exp_of(float x) { return expf(x); }
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+
+template <class A>
+__device__ __forceinline__ void store_state(void* p, DType dtype, int64_t i, A x) {
+  switch (dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = static_cast<float>(x);
+      break;
+    case DType::kBFloat16:
+      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(x));
+      break;
+    case DType::kFloat16:
+      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(x));
+      break;
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = static_cast<double>(x);
+      break;
+  }
+}
+
+// Spread over the blocks first: few warps in each.
+__device__ __forceinline__ Share state_share(int block, int blocks, const BlockTeam& team) {
+  return {team.thread / 32 * blocks + block, kWarps * blocks, 0, 1};
+}
+
+// One channel of one token; four lanes, lane c of them with states 4 c to 4 c + 3 of every 16. `dt` is rounded, without its bias.
+template <class T>
+__device__ __forceinline__ void update_state(const StateUpdate& p, int64_t token, int64_t d, bool real, int c, acc_t<T> dt,
+                                             const acc_t<T>* b, const acc_t<T>* c_row) {
+  using A = acc_t<T>;
+  const A step = softplus(dt + load_param<A>(p.bias, p.bias_dtype, d * p.bias_stride));
+  const A u = to_acc(static_cast<const T*>(p.u)[token * p.u_stride + d]);
+  const A in = step * u, exponent = step * static_cast<A>(1.4426950408889634);
+  const int64_t h0 = token * p.h_batch_stride + d * p.h_dim_stride;
+  A sum = 0;
+  for (int n0 = 4 * c; n0 < p.state; n0 += 16) {
+    A h[4], decay[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool in_state = n0 + i < p.state;
+      h[i] = in_state ? load_param<A>(p.h, p.h_dtype, h0 + (n0 + i) * p.h_state_stride) : A(0);
+      decay[i] = in_state ? load_param<A>(p.A_log, p.A_dtype, d * p.A_dim_stride + (n0 + i) * p.A_state_stride) : A(0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (n0 + i >= p.state) continue;
+      const A a = -exp_of(decay[i]);
+      h[i] = exp2_of(exponent * a) * h[i] + in * b[n0 + i];
+      sum += c_row[n0 + i] * h[i];
+      if (real) store_state(p.h, p.h_dtype, h0 + (n0 + i) * p.h_state_stride, h[i]);
+    }
+  }
+  sum += __shfl_xor_sync(kFullWarp, sum, 1);
+  sum += __shfl_xor_sync(kFullWarp, sum, 2);
+  if (c != 0 || !real) return;
+  sum += load_param<A>(p.D, p.D_dtype, d * p.D_stride) * u;
+  const A z = to_acc(static_cast<const T*>(p.z)[token * p.z_stride + d]);
+  static_cast<T*>(p.y)[token * p.y_stride + d] = from_acc<T>(sum * (z * sigmoid(z)));
+}
+
+// All channels, by `blocks` blocks. `stream` has begun for the first group of tokens. `shared`: behind the stages.
+template <class T>
+__device__ __forceinline__ void run_state(const StateUpdate& p, WeightStream<T>& stream, Piece<T>* slots, int block, int blocks,
+                                          const BlockTeam& team, char* shared) {
+  using A = acc_t<T>;
+  const int warp = team.thread / 32, lane = team.thread % 32, g = lane / 4, c = lane % 4;
+  const int rank = static_cast<int>(p.dt.columns), width = rank + 2 * p.state;
+  A* const sums = reinterpret_cast<A*>(shared) + warp * kTokens<T> * kTileRows;
+  A* const vectors = reinterpret_cast<A*>(shared + kSumBytes);  // (tokens, 2 N): B, C
+  T* const low = reinterpret_cast<T*>(vectors + p.dt.group * 2 * p.state);
+  const Share share = state_share(block, blocks, team);
+  for (int first = 0; first < p.dt.batch; first += p.dt.group) {
+    const int count = min(p.dt.group, p.dt.batch - first);
+    if (first > 0) stream.begin(p.dt, share, slots, team.thread);
+    const int padded = p.dt.chunks * chunk_columns(sizeof(T));
+    for (int t = 0; t < count; ++t) {
+      for (int i = team.thread; i < width; i += kThreads) {
+        const A* from = static_cast<const A*>(p.low) + int64_t{first + t} * width + i;
+        A sum = 0;
+        for (int s = 0; s < p.splits; ++s) sum += from[int64_t{s} * p.dt.batch * width];
+        const T rounded = from_acc<T>(sum);
+        if (i < rank) {
+          low[t * p.low_stride + i] = rounded;
+        } else {
+          vectors[t * 2 * p.state + i - rank] = to_acc(rounded);
+        }
+      }
+      for (int i = rank + team.thread; i < padded; i += kThreads) low[t * p.low_stride + i] = from_acc<T>(0);
+    }
+    team.sync();
+    const TokenRows<T> rows{low, p.low_stride, count, true};
+    for (int tile = share.tile; tile < p.dt.row_tiles; tile += share.tile_step) {
+      TileSums<T> d;
+      multiply_tile(p.dt, stream, rows, 0, p.dt.chunks, 1, lane, d);
+      __syncwarp();
+      d.put(sums, lane);
+      __syncwarp();
+      const int64_t row = int64_t{tile} * kTileRows + g, dim = p.dt.weights[0].rows;
+      const int64_t channel = row < dim ? row : dim - 1;
+      for (int t = 0; t < count; ++t) {
+        const A dt = to_acc(from_acc<T>(sums[t * kTileRows + g]));
+        const A* const b = vectors + t * 2 * p.state;
+        update_state<T>(p, first + t, channel, row < dim, c, dt, b, b + p.state);
+      }
+    }
+    team.sync();
+  }
+}
+
+}  // namespace
+}  // namespace fastlm::samba_decode_step::cuda
