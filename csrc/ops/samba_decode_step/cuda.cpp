@@ -17,7 +17,7 @@ using cuda::Product;
 using cuda::Use;
 using cuda::Weight;
 
-constexpr int64_t kSplitChunks = 3 * cuda::kWarps;  // of x_proj, whose rows alone would keep few blocks busy
+constexpr int64_t kSplitChunks = 2 * cuda::kWarps;  // of x_proj, whose rows alone would keep few blocks busy
 
 bool aligned(int64_t x) { return x % 16 == 0; }
 bool aligned(const void* p) { return aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(p))); }
@@ -94,7 +94,7 @@ class Step {
 
   // Elements between tokens of `chunks` chunks in shared memory: tokens read at once begin at different banks.
   int64_t staged_stride(int64_t chunks) const {
-    int64_t pieces = chunks * 4;
+    int64_t pieces = chunks * 4 * cuda::kPieces;
     while (pieces % 8 != 4) ++pieces;
     return pieces * (16 / bytes_);
   }

@@ -13,14 +13,15 @@ namespace fastlm::samba_decode_step::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kStages = 8;                 // pieces of 16 bytes that a thread has under way
+constexpr int kPieces = 2;                 // of 16 bytes: what a thread takes of a chunk
+constexpr int kStages = 4;                 // chunks of which a thread has its pieces under way
 constexpr int kTileRows = 8;               // rows of a weight that a block multiplies at once
 constexpr int64_t kMaxStaged = 64 * 1024;  // bytes of normalised tokens in shared memory, at most
 
 // Tokens multiplied at once: with 16-bit elements by the matrix instruction, else one by one.
 constexpr int max_tokens(int64_t element_bytes) { return element_bytes == 2 ? 16 : 4; }
-// Columns that the four lanes of a row take at once, 16 bytes each.
-constexpr int chunk_columns(int64_t element_bytes) { return static_cast<int>(64 / element_bytes); }
+// Columns that the four lanes of a row take at once.
+constexpr int chunk_columns(int64_t element_bytes) { return static_cast<int>(4 * kPieces * 16 / element_bytes); }
 
 // What becomes of a product.
 enum class Use : int32_t {
@@ -86,7 +87,7 @@ struct StateUpdate {
 };
 
 // Bytes of shared memory, by part: pieces under way, what phases keep there.
-constexpr int kStageBytes = kStages * kThreads * 16;
+constexpr int kStageBytes = kStages * kPieces * kThreads * 16;
 constexpr int kSumBytes = 2 * kWarps * 16 * kTileRows * 4;  // sums of the warps, twice
 constexpr int kNormBytes = kWarps * 16 * 8;
 

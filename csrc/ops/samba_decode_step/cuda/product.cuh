@@ -120,13 +120,14 @@ __device__ __forceinline__ void run_product(const Product& p, const causal_conv1
   for (int first = 0; first < p.batch; first += p.group) {
     const int count = min(p.group, p.batch - first);
     if (first > 0) stream.begin(p, product_share(block, blocks, team), slots, team.thread);
-    TokenRows<T> rows{static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, count, p.x_vector};
+    TokenRows<T> rows{static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, static_cast<int>(p.columns), count,
+                      p.x_vector};
     if (p.hidden != nullptr) {
       stage_normalized(p, first, count, staged, partial, team);
-      rows = {staged, p.staged_stride, count, true};
+      rows = {staged, p.staged_stride, p.chunks * chunk_columns(sizeof(T)), count, true};
     }
     for (int tile = block; tile < tiles; tile += blocks) {
-      const int split = tile / p.row_tiles, row_tile = tile - split * p.row_tiles;
+      const int split = p.splits == 1 ? 0 : tile / p.row_tiles, row_tile = tile - split * p.row_tiles;
       TileSums<T> d;
       multiply_tile(p, stream, rows, split * p.split_chunks + warp, min((split + 1) * p.split_chunks, p.chunks), kWarps, lane, d);
       A* const all = sums + buffer * kWarps * kSums;

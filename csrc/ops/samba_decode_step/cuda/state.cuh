@@ -105,7 +105,7 @@ __device__ __forceinline__ void run_state(const StateUpdate& p, WeightStream<T>&
       for (int i = rank + team.thread; i < padded; i += kThreads) low[t * p.low_stride + i] = from_acc<T>(0);
     }
     team.sync();
-    const TokenRows<T> rows{low, p.low_stride, count, true};
+    const TokenRows<T> rows{low, p.low_stride, padded, count, true};
     for (int tile = share.tile; tile < p.dt.row_tiles; tile += share.tile_step) {
       TileSums<T> d;
       multiply_tile(p.dt, stream, rows, 0, p.dt.chunks, 1, lane, d);

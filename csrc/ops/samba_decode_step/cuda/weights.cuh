@@ -23,31 +23,45 @@ constexpr int kPiece = 16 / sizeof(T);  // elements of a piece
 template <class T>
 constexpr int kTokens = max_tokens(sizeof(T));
 
+// 16 bytes of a row.
 template <class T>
-struct alignas(16) Piece {
-  T x[kPiece<T>];
+struct Piece {
+  uint4 raw;
+
+  __device__ __forceinline__ acc_t<T> operator[](int i) const {  // `i` known when compiled
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    if constexpr (sizeof(T) == 2) {
+      return to_acc(T{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)});
+    } else if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i]);
+    } else {
+      const uint64_t bits = words[2 * i] | static_cast<uint64_t>(words[2 * i + 1]) << 32;
+      double x;
+      __builtin_memcpy(&x, &bits, sizeof(x));
+      return x;
+    }
+  }
 };
 
 template <class T>
-__device__ __forceinline__ Piece<T> load_piece(const T* p) {
-  Piece<T> piece;
-  *reinterpret_cast<uint4*>(&piece) = *reinterpret_cast<const uint4*>(p);
-  return piece;
+__device__ __forceinline__ Piece<T> load_piece(const void* p) {
+  return {*static_cast<const uint4*>(p)};
 }
 
-// Elements from `column` on, 0 from `end` on. `vector`: the row may be read up to the end of a piece.
+// The first `count` elements at p, then 0; one by one.
 template <class T>
-__device__ __forceinline__ Piece<T> load_piece_of(const T* row, int64_t column, int64_t end, bool vector) {
-  Piece<T> piece;
-  if (vector) {
-    uint4 raw = make_uint4(0, 0, 0, 0);
-    if (column < end) raw = *reinterpret_cast<const uint4*>(row + column);
-    *reinterpret_cast<uint4*>(&piece) = raw;
-    return piece;
-  }
+__device__ __forceinline__ Piece<T> gather_piece(const T* p, int count) {
+  uint32_t words[4] = {};
 #pragma unroll
-  for (int i = 0; i < kPiece<T>; ++i) piece.x[i] = column + i < end ? row[column + i] : from_acc<T>(0);
-  return piece;
+  for (int i = 0; i < kPiece<T>; ++i) {
+    const T x = i < count ? p[i] : from_acc<T>(0);
+    if constexpr (sizeof(T) == 2) {
+      words[i / 2] |= static_cast<uint32_t>(x.bits) << i % 2 * 16;
+    } else {
+      __builtin_memcpy(words + i * sizeof(T) / 4, &x, sizeof(T));
+    }
+  }
+  return {make_uint4(words[0], words[1], words[2], words[3])};
 }
 
 // The weight that a tile of rows belongs to.
@@ -63,28 +77,42 @@ struct Share {
 };
 
 template <class T>
+struct Pieces {
+  Piece<T> x[kPieces];
+};
+
+template <class T>
 class WeightStream {
  public:
-  // `slots`: this thread's part of the stages, kThreads pieces between stages.
+  static constexpr int kColumns = chunk_columns(sizeof(T));
+
+  // `slots`: this thread's part of the stages, kThreads pieces apart.
   __device__ __forceinline__ void begin(const Product& p, const Share& share, Piece<T>* slots, int thread) {
     slots_ = slots;
     lane_ = thread % 32;
     share_ = share;
     tiles_ = p.row_tiles * p.splits;
     tile_ = share.tile - share.tile_step;
-    issue_ = take_ = 0;
+    stage_ = 0;
     next_tile(p);
-    for (int i = 0; i < kStages; ++i) issue(p);
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) {
+      issue(p, i);
+    }
   }
 
-  // The next piece, once it is there. `advance` starts the piece that takes its place, when this one has been used.
-  __device__ __forceinline__ Piece<T> take() {
+  // The next chunk's pieces, once they are there.
+  __device__ __forceinline__ Pieces<T> take() {
     fastlm::cuda::wait_copies<kStages - 1>();
-    return load_piece<T>(slots_[take_ * kThreads].x);
+    Pieces<T> pieces;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces.x[i] = load_piece<T>(slots_ + (stage_ * kPieces + i) * kThreads);
+    return pieces;
   }
+  // Starts what takes their place; called when they have been used.
   __device__ __forceinline__ void advance(const Product& p) {
-    take_ = take_ + 1 == kStages ? 0 : take_ + 1;
-    issue(p);
+    issue(p, stage_);
+    stage_ = (stage_ + 1) % kStages;
   }
 
  private:
@@ -92,9 +120,8 @@ class WeightStream {
     do {
       tile_ += share_.tile_step;
       if (tile_ >= tiles_) return;
-      const int split = tile_ / p.row_tiles, row_tile = tile_ - split * p.row_tiles;
-      chunk_ = split * p.split_chunks + share_.chunk;
-      end_ = min((split + 1) * p.split_chunks, p.chunks);
+      const int split = p.splits == 1 ? 0 : tile_ / p.row_tiles, row_tile = tile_ - split * p.row_tiles;
+      const int begin = split * p.split_chunks + share_.chunk, end = min((split + 1) * p.split_chunks, p.chunks);
       int row = lane_ / 4;
       int i = weight_of_tile(p, row_tile);
       if (p.use == Use::kGate) {  // four rows of each of two weights
@@ -104,41 +131,48 @@ class WeightStream {
         row += (row_tile - p.weights[i].first_tile) * kTileRows;
       }
       const Weight& w = p.weights[i];
-      row_ = static_cast<const T*>(w.data) + min(static_cast<int64_t>(row), w.rows - 1) * w.stride;
+      const int column = begin * kColumns + lane_ % 4 * kPiece<T>;
+      from_ = static_cast<const T*>(w.data) + min(static_cast<int64_t>(row), w.rows - 1) * w.stride + column;
+      left_ = static_cast<int>(p.columns) - column;
       vector_ = w.vector;
-    } while (chunk_ >= end_);
+      chunks_left_ = end - begin;
+    } while (chunks_left_ <= 0);
   }
 
-  __device__ __forceinline__ void issue(const Product& p) {
+  __device__ __forceinline__ void issue(const Product& p, int stage) {
     if (tile_ < tiles_) {
-      const int64_t column = int64_t{chunk_} * chunk_columns(sizeof(T)) + lane_ % 4 * kPiece<T>;
-      Piece<T>* const to = slots_ + issue_ * kThreads;
-      if (vector_) {
-        const bool valid = column < p.columns;
-        fastlm::cuda::copy_async<16>(to, valid ? row_ + column : row_, valid);
-      } else {
-        *to = load_piece_of(row_, column, p.columns, false);
+      Piece<T>* const to = slots_ + stage * kPieces * kThreads;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int offset = i * 4 * kPiece<T>;
+        if (vector_) {
+          fastlm::cuda::copy_async<16>(to + i * kThreads, from_ + offset, offset < left_);
+        } else {
+          to[i * kThreads] = gather_piece(from_ + offset, left_ - offset);
+        }
       }
-      chunk_ += share_.chunk_step;
-      if (chunk_ >= end_) next_tile(p);
+      from_ += share_.chunk_step * kColumns;
+      left_ -= share_.chunk_step * kColumns;
+      chunks_left_ -= share_.chunk_step;
+      if (chunks_left_ <= 0) next_tile(p);
     }
     fastlm::cuda::commit_copies();
-    issue_ = issue_ + 1 == kStages ? 0 : issue_ + 1;
   }
 
   Piece<T>* slots_;
-  const T* row_;
+  const T* from_ = nullptr;  // this lane's part of the chunk to be issued
   Share share_;
-  int lane_, tiles_, tile_, chunk_, end_, issue_, take_;
-  bool vector_;
+  int lane_, tiles_, tile_, stage_;
+  int chunks_left_ = 0, left_ = 0;
+  bool vector_ = false;
 };
 
-// Where the tokens of a group lie: x (tokens, columns), in shared or global memory.
+// Where the tokens of a group lie: x (count, columns), in shared or global memory. `vector`: 16 bytes at a time.
 template <class T>
 struct TokenRows {
   const T* x;
   int64_t stride;
-  int count;
+  int columns, count;
   bool vector;
 };
 
@@ -146,36 +180,46 @@ struct TokenRows {
 template <class T>
 struct TileSums {
   using A = acc_t<T>;
+  static constexpr int kHeld =
+      sizeof(T) == 2 ? 2 : kTokens<T>;  // tokens of which a lane holds pieces: lane / 4 and 8 more, or all
   A d[4] = {};  // 16-bit: the matrix instruction's; else this lane's share of tokens 0 to 3 times row lane / 4
 
-  // The tokens' part of a chunk; fetched a chunk ahead, as it may come from far.
   struct Tokens {
-    Piece<T> x[sizeof(T) == 2 ? 2 : 4];
+    Piece<T> x[kHeld][kPieces];
   };
-  static __device__ __forceinline__ Tokens load_tokens(const TokenRows<T>& rows, int chunk, int64_t columns, int lane) {
-    Tokens t;
-    const int64_t column = int64_t{chunk} * chunk_columns(sizeof(T)) + lane % 4 * kPiece<T>;
-    constexpr int kCount = sizeof(T) == 2 ? 2 : 4;
+
+  // This lane's part of a chunk of the tokens; `left`: columns from there on.
+  template <bool kVector>
+  static __device__ __forceinline__ void load_tokens(const T* const (&x)[kHeld], const int (&left)[kHeld], Tokens& t) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int token = sizeof(T) == 2 ? lane / 4 + 8 * i : i;
-      t.x[i] = load_piece_of(rows.x + token * rows.stride, column, token < rows.count ? columns : 0, rows.vector);
+    for (int k = 0; k < kHeld; ++k) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int at = i * 4 * kPiece<T>, count = left[k] - at;
+        if constexpr (kVector) {
+          t.x[k][i].raw = make_uint4(0, 0, 0, 0);
+          if (count > 0) t.x[k][i] = load_piece<T>(x[k] + at);
+        } else {
+          t.x[k][i] = gather_piece(x[k] + at, count);
+        }
+      }
     }
-    return t;
   }
 
-  __device__ __forceinline__ void add(const Tokens& t, const Piece<T>& w) {
-    if constexpr (sizeof(T) == 2) {
-      const uint4 x0 = *reinterpret_cast<const uint4*>(&t.x[0]), x1 = *reinterpret_cast<const uint4*>(&t.x[1]);
-      const uint4 b = *reinterpret_cast<const uint4*>(&w);
-      const uint32_t first[4] = {x0.x, x1.x, x0.y, x1.y}, second[4] = {x0.z, x1.z, x0.w, x1.w};
-      fastlm::cuda::mma_m16n8k16<T>(d, first, b.x, b.y);
-      fastlm::cuda::mma_m16n8k16<T>(d, second, b.z, b.w);
-    } else {
+  __device__ __forceinline__ void add(const Tokens& t, const Pieces<T>& w) {
 #pragma unroll
-      for (int token = 0; token < 4; ++token) {
+    for (int i = 0; i < kPieces; ++i) {
+      if constexpr (sizeof(T) == 2) {
+        const uint4 x0 = t.x[0][i].raw, x1 = t.x[1][i].raw, b = w.x[i].raw;
+        const uint32_t first[4] = {x0.x, x1.x, x0.y, x1.y}, second[4] = {x0.z, x1.z, x0.w, x1.w};
+        fastlm::cuda::mma_m16n8k16<T>(d, first, b.x, b.y);
+        fastlm::cuda::mma_m16n8k16<T>(d, second, b.z, b.w);
+      } else {
 #pragma unroll
-        for (int i = 0; i < kPiece<T>; ++i) d[token] += to_acc(t.x[token].x[i]) * to_acc(w.x[i]);
+        for (int token = 0; token < kHeld; ++token) {
+#pragma unroll
+          for (int j = 0; j < kPiece<T>; ++j) d[token] += t.x[token][i][j] * w.x[i][j];
+        }
       }
     }
   }
@@ -190,30 +234,58 @@ struct TileSums {
       sums[(g + 8) * kTileRows + 2 * c + 1] = d[3];
     } else {
 #pragma unroll
-      for (int token = 0; token < 4; ++token) {
+      for (int token = 0; token < kHeld; ++token) {
         d[token] += __shfl_xor_sync(kFullWarp, d[token], 1);
         d[token] += __shfl_xor_sync(kFullWarp, d[token], 2);
-      }
-#pragma unroll
-      for (int token = 0; token < 4; ++token) {
         if (c == token) sums[token * kTileRows + g] = d[token];
       }
     }
   }
 };
 
-// One tile: chunks [begin, end) of it that are this warp's.
+// Chunks begin, begin + step, ... of a tile, as far as they lie before `end`. The tokens' part is fetched a chunk ahead, as it
+// may come from far.
+template <class T, bool kVector>
+__device__ __forceinline__ void multiply_chunks(const Product& p, WeightStream<T>& stream, const TokenRows<T>& rows, int begin,
+                                                int end, int step, int lane, TileSums<T>& sums) {
+  using Sums = TileSums<T>;
+  constexpr int kColumns = chunk_columns(sizeof(T));
+  const T* x[Sums::kHeld];
+  int left[Sums::kHeld];
+  const int column = begin * kColumns + lane % 4 * kPiece<T>;
+#pragma unroll
+  for (int k = 0; k < Sums::kHeld; ++k) {
+    const int token = sizeof(T) == 2 ? lane / 4 + 8 * k : k;
+    x[k] = rows.x + token * rows.stride + column;
+    left[k] = token < rows.count ? rows.columns - column : 0;
+  }
+  constexpr bool kAhead = sizeof(T) == 2;  // wider elements would need too many registers
+  typename Sums::Tokens now, next;
+  if (kAhead) Sums::template load_tokens<kVector>(x, left, next);
+#pragma unroll 1
+  for (int chunk = begin; chunk < end; chunk += step) {
+    if (kAhead) now = next;
+    if (!kAhead) Sums::template load_tokens<kVector>(x, left, now);
+#pragma unroll
+    for (int k = 0; k < Sums::kHeld; ++k) {
+      x[k] += step * kColumns;
+      left[k] -= step * kColumns;
+    }
+    if (kAhead && chunk + step < end) Sums::template load_tokens<kVector>(x, left, next);
+    const Pieces<T> w = stream.take();
+    sums.add(now, w);
+    stream.advance(p);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void multiply_tile(const Product& p, WeightStream<T>& stream, const TokenRows<T>& rows, int begin,
                                               int end, int step, int lane, TileSums<T>& sums) {
   if (begin >= end) return;
-  auto tokens = TileSums<T>::load_tokens(rows, begin, p.columns, lane);
-  for (int chunk = begin; chunk < end; chunk += step) {
-    const auto now = tokens;
-    if (chunk + step < end) tokens = TileSums<T>::load_tokens(rows, chunk + step, p.columns, lane);
-    const Piece<T> w = stream.take();
-    sums.add(now, w);
-    stream.advance(p);
+  if (rows.vector) {
+    multiply_chunks<T, true>(p, stream, rows, begin, end, step, lane, sums);
+  } else {
+    multiply_chunks<T, false>(p, stream, rows, begin, end, step, lane, sums);
   }
 }
 
