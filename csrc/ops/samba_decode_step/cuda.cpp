@@ -3,6 +3,8 @@
 #include "adapter/cuda.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string>
 
 #include "core/cuda/launch.h"
 #include "ops/causal_conv1d/fill.h"
@@ -116,9 +118,9 @@ class Step {
   std::vector<Tensor> memory_;
 };
 
-void fill_state(cuda::StateUpdate& p, const Step& step, const Arguments& a, const Sizes& s, const Product& x_proj, const Rows& u,
-                const Rows& z, const Rows& y) {
-  p.dt = step.product(Use::kStore, s.rank, {step.weight(a.dt_proj, nullptr, 0)});
+void fill_state(Product& dt, cuda::StateUpdate& p, const Step& step, const Arguments& a, const Sizes& s, const Product& x_proj,
+                const Rows& u, const Rows& z, const Rows& y) {
+  dt = step.product(Use::kStore, s.rank, {step.weight(a.dt_proj, nullptr, 0)});
   p.low = x_proj.weights[0].y;
   p.splits = x_proj.splits;
   p.state = static_cast<int>(s.state);
@@ -143,9 +145,16 @@ void fill_state(cuda::StateUpdate& p, const Step& step, const Arguments& a, cons
   p.h_batch_stride = a.scan_state.stride(0);
   p.h_dim_stride = a.scan_state.stride(1);
   p.h_state_stride = a.scan_state.stride(2);
-  p.low_stride = static_cast<int>(step.staged_stride(p.dt.chunks));
+  p.low_stride = static_cast<int>(step.staged_stride(dt.chunks));
   const int64_t token = p.low_stride * step.bytes() + 2 * s.state * (step.bytes() == 8 ? 8 : 4);
-  p.dt.group = static_cast<int>(std::clamp<int64_t>(cuda::kMaxStaged / token, 1, p.dt.group));
+  dt.group = static_cast<int>(std::clamp<int64_t>(cuda::kMaxStaged / token, 1, dt.group));
+}
+
+// FASTLM_STEP_LAUNCH=whole asks for one cooperative launch instead of one for every phase. The bits are the same; which of the
+// two takes less time has not been measured.
+bool one_launch_wanted() {
+  const char* wanted = std::getenv("FASTLM_STEP_LAUNCH");
+  return wanted != nullptr && std::string(wanted) == "whole";
 }
 
 Tensor run(Arguments& a) {
@@ -164,16 +173,18 @@ Tensor run(Arguments& a) {
   causal_conv1d::fill_update(p.conv, m.x, a.conv_state, a.conv_weight, a.conv_bias, m.u, true);
   const Rows u = step.rows(s.dim), z = step.rows(s.dim), y = step.rows(s.dim);
   const Rows residual{mutable_data<char>(out), s.width};
-  p.in_proj = step.product(Use::kConv, s.width, {step.weight(a.in_proj, u)});
-  step.from(p.in_proj, hidden, a.mamba_norm, a.eps);
-  p.in_proj.z = z.data;
-  p.in_proj.z_stride = z.stride;
-  p.in_proj.zeroed = attention.workspace().counters;
-  p.in_proj.num_zeroed = static_cast<int>(attention.num_counters());
-  p.x_proj = step.product(Use::kPartial, s.dim, {step.weight(a.x_proj, nullptr, 0)});
-  p.x_proj.weights[0].y = step.sums(s.rank + 2 * s.state, p.x_proj.splits * s.batch).data;
-  step.from(p.x_proj, u);
-  fill_state(p.state, step, a, s, p.x_proj, u, z, y);
+  Product& in_proj = p.products[cuda::kInProj];
+  in_proj = step.product(Use::kConv, s.width, {step.weight(a.in_proj, u)});
+  step.from(in_proj, hidden, a.mamba_norm, a.eps);
+  in_proj.z = z.data;
+  in_proj.z_stride = z.stride;
+  in_proj.zeroed = attention.workspace().counters;
+  in_proj.num_zeroed = static_cast<int>(attention.num_counters());
+  Product& x_proj = p.products[cuda::kXProj];
+  x_proj = step.product(Use::kPartial, s.dim, {step.weight(a.x_proj, nullptr, 0)});
+  x_proj.weights[0].y = step.sums(s.rank + 2 * s.state, x_proj.splits * s.batch).data;
+  step.from(x_proj, u);
+  fill_state(p.products[cuda::kSteps], p.state, step, a, s, x_proj, u, z, y);
 
   const auto add = [&](const Rows& x, const Tensor& weight, const Tensor& base) {
     Product product = step.product(Use::kAdd, weight.size(1), {step.weight(weight, residual)});
@@ -186,20 +197,28 @@ Tensor run(Arguments& a) {
     step.from(gate, out, mlp.norm, a.eps);
     down = add(inner, mlp.w3, out);
   };
-  p.out_proj = add(y, a.out_proj, hidden);
-  feed_forward(a.mamba_mlp, p.mamba_gate, p.mamba_down);
+  p.products[cuda::kOutProj] = add(y, a.out_proj, hidden);
+  feed_forward(a.mamba_mlp, p.products[cuda::kMambaGate], p.products[cuda::kMambaDown]);
 
   const auto heads = [&](const Tensor& t) { return Rows{mutable_data<char>(t), t.size(2) * t.size(3)}; };
-  p.qkv = step.product(
+  Product& qkv = p.products[cuda::kQkv];
+  qkv = step.product(
       Use::kStore, s.width,
       {step.weight(a.q_proj, heads(inputs.q)), step.weight(a.k_proj, heads(inputs.k)), step.weight(a.v_proj, heads(inputs.v))});
-  step.from(p.qkv, out, a.attn_norm, a.eps);
+  step.from(qkv, out, a.attn_norm, a.eps);
   if (!attention.empty()) p.attn = attention.params();
   p.attn_workspace = attention.workspace();
-  p.o_proj = add(heads(attention.out), a.o_proj, out);
-  feed_forward(a.attn_mlp, p.attn_gate, p.attn_down);
+  p.products[cuda::kOProj] = add(heads(attention.out), a.o_proj, out);
+  feed_forward(a.attn_mlp, p.products[cuda::kAttnGate], p.products[cuda::kAttnDown]);
 
-  check_launch(kOp, cuda::launch_phases(p, static_cast<DType>(kernel_index(s.dtype)), current_stream(a.hidden)));
+  const DType dtype = static_cast<DType>(kernel_index(s.dtype));
+  const cudaStream_t stream = current_stream(a.hidden);
+  if (one_launch_wanted() && cuda::whole_applies(p, dtype)) {
+    const Tensor counter = empty({1}, ScalarType::Int, a.hidden);
+    check_launch(kOp, cuda::launch_whole(p, mutable_data<int32_t>(counter), dtype, stream));
+  } else {
+    check_launch(kOp, cuda::launch_phases(p, dtype, stream));
+  }
   return out;
 }
 

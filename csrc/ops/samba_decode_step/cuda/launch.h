@@ -8,18 +8,23 @@
 
 namespace fastlm::samba_decode_step::cuda {
 
-// Every phase in order. Where `attn` has counters, in_proj sets them to 0.
+// The products in order. kSteps belongs to the state update; the attention stands before kOProj.
+enum ProductIndex { kInProj, kXProj, kSteps, kOutProj, kMambaGate, kMambaDown, kQkv, kOProj, kAttnGate, kAttnDown, kNumProducts };
+
 struct StepParams {
-  Product in_proj, x_proj;
+  Product products[kNumProducts];
   StateUpdate state;
-  Product out_proj, mamba_gate, mamba_down, qkv;
-  sliding_window_attention::UpdateParams attn;
-  sliding_window_attention::cuda::UpdateWorkspace attn_workspace;
-  Product o_proj, attn_gate, attn_down;
   causal_conv1d::UpdateParams conv;
+  sliding_window_attention::UpdateParams attn;
+  sliding_window_attention::cuda::UpdateWorkspace attn_workspace;  // in_proj sets its counters to 0
 };
 
-// One launch for every phase.
+// One launch for every phase: eleven, and one more for each norm whose tokens are too wide for shared memory.
 cudaError_t launch_phases(const StepParams& params, DType dtype, cudaStream_t stream);
+
+// One launch for all of them, whose blocks wait for each other between the phases. `counter`: memory for the barrier. The same
+// bits.
+bool whole_applies(const StepParams& params, DType dtype);
+cudaError_t launch_whole(const StepParams& params, int32_t* counter, DType dtype, cudaStream_t stream);
 
 }  // namespace fastlm::samba_decode_step::cuda

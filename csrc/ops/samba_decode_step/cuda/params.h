@@ -67,9 +67,9 @@ struct Product {
   int num_zeroed;
 };
 
-// The state of D channels by one position: dt = low W^T, decay, state update, gate.
+// The state of D channels by one position: decay, state update, gate. Its steps come from a product of their own, weight (D, R),
+// whose `x` is formed from the partial sums below.
 struct StateUpdate {
-  Product dt;       // weight (D, R); `x` is formed from the partial sums below
   const void* low;  // (splits, B, R + 2 N) acc: dt's input, B, C
   int splits;
   int state;          // N
@@ -95,9 +95,9 @@ inline int product_shared_bytes(const Product& p, int64_t element_bytes) {
   const int64_t staged = p.hidden == nullptr ? 0 : int64_t{p.group} * p.staged_stride * element_bytes;
   return static_cast<int>(kStageBytes + kSumBytes + kNormBytes + staged);
 }
-inline int state_shared_bytes(const StateUpdate& p, int64_t element_bytes) {
+inline int state_shared_bytes(const Product& dt, const StateUpdate& p, int64_t element_bytes) {
   const int64_t acc = element_bytes == 8 ? 8 : 4;
-  return static_cast<int>(kStageBytes + kSumBytes + p.dt.group * (p.low_stride * element_bytes + 2 * p.state * acc));
+  return static_cast<int>(kStageBytes + kSumBytes + dt.group * (p.low_stride * element_bytes + 2 * p.state * acc));
 }
 
 }  // namespace fastlm::samba_decode_step::cuda

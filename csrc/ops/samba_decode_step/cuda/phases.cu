@@ -21,14 +21,15 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) update_states(const __grid_constant__ StateUpdate p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    update_states(const __grid_constant__ Product dt, const __grid_constant__ StateUpdate p) {
   const BlockTeam team{static_cast<int>(threadIdx.x), 1};
   char* const shared = fastlm::cuda::shared_memory();
   Piece<T>* const slots = reinterpret_cast<Piece<T>*>(shared) + threadIdx.x;
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   WeightStream<T> stream;
-  stream.begin(p.dt, state_share(block, blocks, team), slots, team.thread);
-  run_state(p, stream, slots, block, blocks, team, shared + kStageBytes);
+  stream.begin(dt, state_share(block, blocks, team), slots, team.thread);
+  run_state(dt, p, stream, slots, block, blocks, team, shared + kStageBytes);
 }
 
 // Tokens too wide for shared memory: normalised once, into p.x.
@@ -60,39 +61,31 @@ cudaError_t launch_product(Product p, const causal_conv1d::UpdateParams& conv, c
 }
 
 template <class T>
-cudaError_t launch_state(const StateUpdate& p, cudaStream_t stream) {
-  if (p.dt.row_tiles == 0) return cudaSuccess;
-  const int64_t blocks = min_of(p.dt.row_tiles, 2 * fastlm::cuda::current_device().num_sms);
+cudaError_t launch_state(const Product& dt, const StateUpdate& p, cudaStream_t stream) {
+  if (dt.row_tiles == 0) return cudaSuccess;
+  const int64_t blocks = min_of(dt.row_tiles, 2 * fastlm::cuda::current_device().num_sms);
   return fastlm::cuda::launch<update_states<T>>(dim3(static_cast<unsigned int>(blocks)), kThreads,
-                                                static_cast<size_t>(state_shared_bytes(p, sizeof(T))), stream, p);
+                                                static_cast<size_t>(state_shared_bytes(dt, p, sizeof(T))), stream, dt, p);
 }
 
 template <class T>
 cudaError_t launch_all(const StepParams& p, cudaStream_t stream) {
-  cudaError_t status = cudaSuccess;
-  const auto multiply_by = [&](const Product& product) {
-    if (status == cudaSuccess) status = launch_product<T>(product, p.conv, stream);
-  };
-  multiply_by(p.in_proj);
-  multiply_by(p.x_proj);
-  if (status == cudaSuccess) status = launch_state<T>(p.state, stream);
-  multiply_by(p.out_proj);
-  multiply_by(p.mamba_gate);
-  multiply_by(p.mamba_down);
-  multiply_by(p.qkv);
-  if (status == cudaSuccess) {
-    status = sliding_window_attention::cuda::launch_update(p.attn, p.attn_workspace, DTypeOf<T>::value, stream);
+  for (int i = 0; i < kNumProducts; ++i) {
+    cudaError_t status = cudaSuccess;
+    if (i == kOProj) {
+      status = sliding_window_attention::cuda::launch_update(p.attn, p.attn_workspace, DTypeOf<T>::value, stream);
+      if (status != cudaSuccess) return status;
+    }
+    status = i == kSteps ? launch_state<T>(p.products[i], p.state, stream) : launch_product<T>(p.products[i], p.conv, stream);
+    if (status != cudaSuccess) return status;
   }
-  multiply_by(p.o_proj);
-  multiply_by(p.attn_gate);
-  multiply_by(p.attn_down);
-  return status;
+  return cudaSuccess;
 }
 
 }  // namespace
 
 cudaError_t launch_phases(const StepParams& p, DType dtype, cudaStream_t stream) {
-  if (p.in_proj.batch == 0) return cudaSuccess;
+  if (p.products[kInProj].batch == 0) return cudaSuccess;
   return fastlm::cuda::visit_dtype(dtype, [&]<class T>() { return launch_all<T>(p, stream); });
 }
 

@@ -77,24 +77,24 @@ __device__ __forceinline__ void update_state(const StateUpdate& p, int64_t token
 
 // All channels, by `blocks` blocks. `stream` has begun for the first group of tokens. `shared`: behind the stages.
 template <class T>
-__device__ __forceinline__ void run_state(const StateUpdate& p, WeightStream<T>& stream, Piece<T>* slots, int block, int blocks,
-                                          const BlockTeam& team, char* shared) {
+__device__ __forceinline__ void run_state(const Product& dt, const StateUpdate& p, WeightStream<T>& stream, Piece<T>* slots,
+                                          int block, int blocks, const BlockTeam& team, char* shared) {
   using A = acc_t<T>;
   const int warp = team.thread / 32, lane = team.thread % 32, g = lane / 4, c = lane % 4;
-  const int rank = static_cast<int>(p.dt.columns), width = rank + 2 * p.state;
+  const int rank = static_cast<int>(dt.columns), width = rank + 2 * p.state;
   A* const sums = reinterpret_cast<A*>(shared) + warp * kTokens<T> * kTileRows;
   A* const vectors = reinterpret_cast<A*>(shared + kSumBytes);  // (tokens, 2 N): B, C
-  T* const low = reinterpret_cast<T*>(vectors + p.dt.group * 2 * p.state);
+  T* const low = reinterpret_cast<T*>(vectors + dt.group * 2 * p.state);
   const Share share = state_share(block, blocks, team);
-  for (int first = 0; first < p.dt.batch; first += p.dt.group) {
-    const int count = min(p.dt.group, p.dt.batch - first);
-    if (first > 0) stream.begin(p.dt, share, slots, team.thread);
-    const int padded = p.dt.chunks * chunk_columns(sizeof(T));
+  for (int first = 0; first < dt.batch; first += dt.group) {
+    const int count = min(dt.group, dt.batch - first);
+    if (first > 0) stream.begin(dt, share, slots, team.thread);
+    const int padded = dt.chunks * chunk_columns(sizeof(T));
     for (int t = 0; t < count; ++t) {
       for (int i = team.thread; i < width; i += kThreads) {
         const A* from = static_cast<const A*>(p.low) + int64_t{first + t} * width + i;
         A sum = 0;
-        for (int s = 0; s < p.splits; ++s) sum += from[int64_t{s} * p.dt.batch * width];
+        for (int s = 0; s < p.splits; ++s) sum += from[int64_t{s} * dt.batch * width];
         const T rounded = from_acc<T>(sum);
         if (i < rank) {
           low[t * p.low_stride + i] = rounded;
@@ -106,18 +106,18 @@ __device__ __forceinline__ void run_state(const StateUpdate& p, WeightStream<T>&
     }
     team.sync();
     const TokenRows<T> rows{low, p.low_stride, padded, count, true};
-    for (int tile = share.tile; tile < p.dt.row_tiles; tile += share.tile_step) {
+    for (int tile = share.tile; tile < dt.row_tiles; tile += share.tile_step) {
       TileSums<T> d;
-      multiply_tile(p.dt, stream, rows, 0, p.dt.chunks, 1, lane, d);
+      multiply_tile(dt, stream, rows, 0, dt.chunks, 1, lane, d);
       __syncwarp();
       d.put(sums, lane);
       __syncwarp();
-      const int64_t row = int64_t{tile} * kTileRows + g, dim = p.dt.weights[0].rows;
+      const int64_t row = int64_t{tile} * kTileRows + g, dim = dt.weights[0].rows;
       const int64_t channel = row < dim ? row : dim - 1;
       for (int t = 0; t < count; ++t) {
-        const A dt = to_acc(from_acc<T>(sums[t * kTileRows + g]));
+        const A step = to_acc(from_acc<T>(sums[t * kTileRows + g]));
         const A* const b = vectors + t * 2 * p.state;
-        update_state<T>(p, first + t, channel, row < dim, c, dt, b, b + p.state);
+        update_state<T>(p, first + t, channel, row < dim, c, step, b, b + p.state);
       }
     }
     team.sync();
