@@ -66,6 +66,21 @@ def test_the_residual_stream_it_got_stays():
     assert torch.equal(call.args[0], before)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "five_rows", "odd_sizes", "past_a_piece_bfloat16"])
+def test_one_launch_gives_the_bits_of_many(name, device, monkeypatch):
+    """FASTLM_STEP_LAUNCH chooses between launches of the CUDA twin; the CPU twin does not look at it."""
+    results = []
+    for launch in ("phases", "whole"):
+        monkeypatch.setenv("FASTLM_STEP_LAUNCH", launch)
+        call = RECIPES["samba_decode_step"][name](draw=Draw(name)).map(
+            lambda a: a.to(device) if isinstance(a, torch.Tensor) else a
+        )
+        out = ops.samba_decode_step(*call.args, **call.kwargs)
+        results.append([out, *(call.kwargs[state] for state in STATES)])
+    for many, one in zip(*results, strict=True):
+        torch.testing.assert_close(one, many, rtol=0, atol=0, equal_nan=True)
+
+
 # ---- framework ------------------------------------------------------------------------------------------
 
 

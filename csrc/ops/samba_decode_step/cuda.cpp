@@ -171,7 +171,8 @@ Tensor run(Arguments& a) {
   Step step(s, a.hidden);
   cuda::StepParams p{};
   causal_conv1d::fill_update(p.conv, m.x, a.conv_state, a.conv_weight, a.conv_bias, m.u, true);
-  const Rows u = step.rows(s.dim), z = step.rows(s.dim), y = step.rows(s.dim);
+  const auto rows_of = [](const Tensor& t) { return Rows{mutable_data<char>(t), t.stride(0)}; };
+  const Rows u = rows_of(m.u), z = rows_of(m.z), y = rows_of(m.y);
   const Rows residual{mutable_data<char>(out), s.width};
   Product& in_proj = p.products[cuda::kInProj];
   in_proj = step.product(Use::kConv, s.width, {step.weight(a.in_proj, u)});
