@@ -113,6 +113,8 @@ __device__ __forceinline__ void add_release(int* p, int x) {
 }
 // Called in loops that wait for another thread.
 __device__ __forceinline__ void pause() { __nanosleep(20); }
+// Brings the line at p, which must be readable, into the second-level cache.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 #endif
 

@@ -16,11 +16,9 @@ struct GridBarrier {
   __device__ __forceinline__ void wait(int blocks, const BlockTeam& team) {
     arrived += blocks;
     team.sync();
-    if (team.thread == 0) {
-      __threadfence();
+    if (team.thread == 0) {  // release and acquire by one thread, carried to and from the others by the block's barriers
       add_release(counter, 1);
       while (load_acquire(counter) < arrived) pause();
-      __threadfence();
     }
     team.sync();
   }

@@ -63,7 +63,8 @@ struct UpdateInputs {
   OptionalTensor rotary_cos, rotary_sin;
 };
 
-// Parameters of a step that is not empty, without cache_seqlens; may replace q, k and v by copies, which must outlive the kernels.
+// Parameters of a step that is not empty, without cache_seqlens; may replace q, k and v by copies, which must outlive the
+// kernels.
 void fill_update(UpdateParams& p, UpdateInputs& in, const Tensor& out);
 
 // A decoding step as three lists of pieces; all of one must be done before the next begins. Checks all arguments.

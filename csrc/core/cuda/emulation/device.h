@@ -277,5 +277,6 @@ inline void add_release(int* p, int x) {
   emulation::progress();
 }
 inline void pause() { emulation::yield(); }
+inline void prefetch_l2(const void*) {}
 
 }  // namespace fastlm::cuda

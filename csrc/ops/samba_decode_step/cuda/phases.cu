@@ -8,8 +8,10 @@
 namespace fastlm::samba_decode_step::cuda {
 namespace {
 
+constexpr int kBlocksPerSm = 3;  // of `multiply`
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     multiply(const __grid_constant__ Product p, const __grid_constant__ causal_conv1d::UpdateParams conv) {
   const BlockTeam team{static_cast<int>(threadIdx.x), 1};
   char* const shared = fastlm::cuda::shared_memory();
@@ -53,8 +55,8 @@ cudaError_t launch_product(Product p, const causal_conv1d::UpdateParams& conv, c
   }
   const int bytes = product_shared_bytes(p, sizeof(T));
   // As many blocks as run at once, or fewer with equal shares.
-  const int at_once = fastlm::cuda::current_device().num_sms *
-                      static_cast<int>(max_of(1, fastlm::cuda::blocks_per_sm<multiply<T>>(kThreads, static_cast<size_t>(bytes))));
+  const auto& device = fastlm::cuda::current_device();
+  const int64_t at_once = device.num_sms * max_of(1, min_of(kBlocksPerSm, device.max_shared_bytes / (bytes + 1024)));
   const int64_t share = ceil_div(tiles, at_once);
   return launch<multiply<T>>(dim3(static_cast<unsigned int>(ceil_div(tiles, share))), kThreads, static_cast<size_t>(bytes),
                              stream, p, conv);

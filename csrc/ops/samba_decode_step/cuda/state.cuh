@@ -75,6 +75,19 @@ __device__ __forceinline__ void update_state(const StateUpdate& p, int64_t token
   static_cast<T*>(p.y)[token * p.y_stride + d] = from_acc<T>(sum * (z * sigmoid(z)));
 }
 
+// The states and decays of a tile of channels come from memory while the products with low are under way: lane 4 g + c asks for
+// the token c of channel g, lane 4 g also for its decay. Of states longer than a line, the first line.
+__device__ __forceinline__ void prefetch_states(const Product& dt, const StateUpdate& p, int tile, int first, int count,
+                                                int lane) {
+  const int64_t d = min(int64_t{tile} * kTileRows + lane / 4, dt.weights[0].rows - 1);
+  const auto bytes = [](DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; };
+  for (int t = lane % 4; t < count; t += 4) {
+    fastlm::cuda::prefetch_l2(static_cast<const char*>(p.h) +
+                              ((first + t) * p.h_batch_stride + d * p.h_dim_stride) * bytes(p.h_dtype));
+  }
+  if (lane % 4 == 0) fastlm::cuda::prefetch_l2(static_cast<const char*>(p.A_log) + d * p.A_dim_stride * bytes(p.A_dtype));
+}
+
 // All channels, by `blocks` blocks. `stream` has begun for the first group of tokens. `shared`: behind the stages.
 template <class T>
 __device__ __forceinline__ void run_state(const Product& dt, const StateUpdate& p, WeightStream<T>& stream, Piece<T>* slots,
@@ -104,6 +117,7 @@ __device__ __forceinline__ void run_state(const Product& dt, const StateUpdate& 
       }
       for (int i = rank + team.thread; i < padded; i += kThreads) low[t * p.low_stride + i] = from_acc<T>(0);
     }
+    for (int tile = share.tile; tile < dt.row_tiles; tile += share.tile_step) prefetch_states(dt, p, tile, first, count, lane);
     team.sync();
     const TokenRows<T> rows{low, p.low_stride, padded, count, true};
     for (int tile = share.tile; tile < dt.row_tiles; tile += share.tile_step) {

@@ -1,6 +1,6 @@
-// Sliding-window attention on CUDA, decoding: m new tokens per row of the batch against a ring of keys and values, see update.h for
-// how the work is cut. A block goes through the tiles of its split; the last of the splits to be done adds all of them up, in order
-// of their numbers. Bound by the memory of the caches, each byte of which is read once.
+// Sliding-window attention on CUDA, decoding: m new tokens per row of the batch against a ring of keys and values, see update.h
+// for how the work is cut. A block goes through the tiles of its split; the last of the splits to be done adds all of them up, in
+// order of their numbers. Bound by the memory of the caches, each byte of which is read once.
 #pragma once
 
 #include "ops/sliding_window_attention/cuda/update_tile.cuh"

@@ -1,7 +1,7 @@
-// Sliding-window attention on CUDA, decoding: one tile of keys and values. They are copied to shared memory, 16 bytes at a time and
-// all at once, where every head of the group uses them; new tokens are turned on the way in and written to the ring by the block
-// whose split they fall into (their slots hold no position that a query still sees, so nobody reads what is overwritten). Scores:
-// 2^part_bits threads per key. Values: a thread owns a few columns of every row and a share of the keys.
+// Sliding-window attention on CUDA, decoding: one tile of keys and values. They are copied to shared memory, 16 bytes at a time
+// and all at once, where every head of the group uses them; new tokens are turned on the way in and written to the ring by the
+// block whose split they fall into (their slots hold no position that a query still sees, so nobody reads what is overwritten).
+// Scores: 2^part_bits threads per key. Values: a thread owns a few columns of every row and a share of the keys.
 #pragma once
 
 #include "core/cuda/device.cuh"
