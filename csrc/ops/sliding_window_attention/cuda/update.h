@@ -15,7 +15,7 @@ namespace fastlm::sliding_window_attention::cuda {
 constexpr int kUpdateThreads = 128;
 constexpr int kMaxTileRows = 8;
 constexpr int64_t kMaxSplits = 64;         // so that factors of all splits fit where keys lay
-constexpr int64_t kTileBytes = 64 * 1024;  // of keys and values in shared memory at once, at most
+constexpr int64_t kTileBytes = 72 * 1024;  // of keys and values in shared memory at once, at most: 64 bf16 keys of 256, padded
 constexpr int kMaxPositions = 64, kMinPositions = 8;
 constexpr int kStatsBytes = 272;  // RowStats
 
