@@ -160,6 +160,7 @@ def test_errors_of_update(args, kwargs, text):
         conformance.assert_same_error(function, call, ValueError, f"sliding_window_attention_update: {text}")
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(
     ("seen", "kwargs", "error", "text"),
     [

@@ -47,7 +47,7 @@ template <class T>
 cudaError_t launch_product(Product p, const causal_conv1d::UpdateParams& conv, cudaStream_t stream) {
   using fastlm::cuda::launch;
   const int tiles = p.row_tiles * p.splits;
-  if (tiles == 0) return cudaSuccess;
+  if (tiles == 0 && p.num_zeroed == 0) return cudaSuccess;
   if (p.hidden != nullptr && p.x != nullptr) {
     const cudaError_t status = launch<normalize<T>>(dim3(static_cast<unsigned int>(p.batch)), kThreads, kNormBytes, stream, p);
     if (status != cudaSuccess) return status;
@@ -57,9 +57,8 @@ cudaError_t launch_product(Product p, const causal_conv1d::UpdateParams& conv, c
   // As many blocks as run at once, or fewer with equal shares.
   const auto& device = fastlm::cuda::current_device();
   const int64_t at_once = device.num_sms * max_of(1, min_of(kBlocksPerSm, device.max_shared_bytes / (bytes + 1024)));
-  const int64_t share = ceil_div(tiles, at_once);
-  return launch<multiply<T>>(dim3(static_cast<unsigned int>(ceil_div(tiles, share))), kThreads, static_cast<size_t>(bytes),
-                             stream, p, conv);
+  const int64_t share = max_of(1, ceil_div(tiles, at_once)), blocks = max_of(1, ceil_div(tiles, share));
+  return launch<multiply<T>>(dim3(static_cast<unsigned int>(blocks)), kThreads, static_cast<size_t>(bytes), stream, p, conv);
 }
 
 template <class T>
