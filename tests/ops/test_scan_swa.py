@@ -141,6 +141,7 @@ def test_errors(at, bad, text):
     conformance.assert_same_error(ops.scan_swa, Call(tuple(args), call.kwargs), ValueError, text)
 
 
+@pytest.mark.host_values
 def test_errors_in_bounds():
     sample = samples.of("scan_swa", "packed")[0]
     for name in ("cu_seqlens", "cu_seqlens_q"):

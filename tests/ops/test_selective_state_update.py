@@ -161,6 +161,7 @@ def test_error_of_a_state_that_repeats_memory(device):
     conformance.assert_same_error(ops.selective_state_update, call, ValueError, text, on_meta=False)
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(
     ("slots", "error", "text"),
     [
