@@ -13,8 +13,8 @@ build="$root/build/emulate-cuda"
   "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step"
 "$bin/cmake" --build "$build" --parallel "${JOBS:-2}"
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
-tests=""
-for family in causal_conv1d selective_scan selective_state sliding_window scan_swa samba_decode device_values; do
+tests="$root/tests/cuda/test_device_values.py $root/tests/cuda/test_attention_tiles.py"
+for family in causal_conv1d selective_scan selective_state sliding_window scan_swa samba_decode; do
   for file in "$root/tests/ops/test_$family"*.py; do tests="$tests $file"; done
 done
 for setting in 80:1 90:2; do

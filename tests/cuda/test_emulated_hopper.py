@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.build.test_emulated_device import ROOT, _run, cuda_headers
+from tests.cuda.test_emulated_device import ROOT, _run, cuda_headers
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the CUDA headers or a C++ compiler are missing")
     target = tmp_path_factory.mktemp("emulated") / "hopper"
     sources = [
-        "tests/build/emulated_hopper.cpp",
+        "tests/cuda/emulated_hopper.cpp",
         "csrc/core/cuda/emulation/run.cpp",
         "csrc/core/cuda/tensor_map.cu",
     ]

@@ -26,7 +26,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if headers is None or compiler is None:
         pytest.skip("the CUDA headers or a C++ compiler are missing")
     target = tmp_path_factory.mktemp("emulated") / "kernels"
-    sources = [ROOT / "tests/build/emulated_kernels.cpp", ROOT / "csrc/core/cuda/emulation/run.cpp"]
+    sources = [ROOT / "tests/cuda/emulated_kernels.cpp", ROOT / "csrc/core/cuda/emulation/run.cpp"]
     flags = ["-std=c++20", "-O1", "-w", "-DFASTLM_EMULATE_CUDA", "-fsanitize=undefined"]
     flags += ["-fno-sanitize-recover=all", "-I", str(ROOT / "csrc"), "-isystem", str(headers)]
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(target)], check=True)
