@@ -17,7 +17,7 @@ fastlm_sources(causal_conv1d
   ADAPTER checks.cpp fill.cpp cpu.cpp
   KERNELS cpu/forward.cpp cpu/backward.cpp cpu/update.cpp
   CUDA_ADAPTER cuda.cpp
-  CUDA cuda/forward.cu cuda/backward.cu cuda/update.cu)
+  CUDA cuda/forward_rows.cu cuda/forward_channels.cu cuda/backward_rows.cu cuda/backward_channels.cu cuda/update.cu)
 fastlm_sources(selective_scan
   ADAPTER checks.cpp call.cpp cpu.cpp
   KERNELS cpu/forward.cpp cpu/backward.cpp cpu/update.cpp

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor bias,
   fill_output(p, out, final_states);
   DeviceInputs device;
   device.fill(p, seq_idx, cu_seqlens);
-  check_launch(op, cuda::launch_forward(p, dtype_of(x), is_channel_last(input), current_stream(x)));
+  check_launch(op, cuda::launch_forward(p, dtype_of(x), current_stream(x)));
   return {out, final_states};
 }
 
@@ -77,15 +77,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, OptionalTensor 
   const Tensor dfinal = fill_gradients(p, grad, dfinal_states, dx, initial_states.has_value() ? &dinitial : nullptr);
   DeviceInputs device;
   device.fill(p, seq_idx, cu_seqlens);
-  const bool channel_last = is_channel_last(input);
-  const Tensor partial = empty({cuda::num_partials(p, channel_last), p.width + 1, p.dim}, acc, x);
-  const Tensor dweight = empty({p.dim, p.width}, acc, x);
-  const Tensor dbias = empty({p.dim}, acc, x);
+  const Tensor partial = empty({cuda::num_partials(p, dtype_of(x)), p.width + 1, p.dim}, acc, x);
+  const Tensor dweight = empty({p.dim, p.width}, weight.scalar_type(), x);
+  const Tensor dbias = bias.has_value() ? empty({p.dim}, bias->scalar_type(), x) : no_tensor(acc, x);
   p.partial = partial.data_ptr();
-  check_launch(
-      op, cuda::launch_backward(p, dtype_of(x), channel_last, states, dweight.data_ptr(), dbias.data_ptr(), current_stream(x)));
-  return {dx, torch::stable::to(dweight, weight.scalar_type()),
-          bias.has_value() ? torch::stable::to(dbias, bias->scalar_type()) : no_tensor(acc, x), dinitial};
+  check_launch(op, cuda::launch_backward(p, dtype_of(x), dweight.data_ptr(), bias.has_value() ? dbias.data_ptr() : nullptr,
+                                         current_stream(x)));
+  return {dx, dweight, dbias, dinitial};
 }
 
 Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, Activation activation,
@@ -96,15 +94,15 @@ Tensor update(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor bias, A
   const Tensor out = x.dim() == 2 ? empty({x.size(0), x.size(1)}, x.scalar_type(), x) : empty_like_layout(x, x.scalar_type());
   UpdateParams p{};
   fill_update(p, x, conv_state, weight, bias, out, silu);
-  OptionalTensor lengths;
-  OptionalTensor slots;
   if (cache_seqlens.has_value()) {
-    lengths = torch::stable::contiguous(torch::stable::to(*cache_seqlens, ScalarType::Long));
-    p.cache_seqlens = data<int64_t>(*lengths);
+    p.device.cache_seqlens = cache_seqlens->data_ptr();
+    p.device.cache_seqlens_stride = cache_seqlens->stride(0);
+    p.device.cache_seqlens_64 = cache_seqlens->scalar_type() == ScalarType::Long;
   }
   if (conv_state_indices.has_value()) {
-    slots = torch::stable::contiguous(torch::stable::to(*conv_state_indices, ScalarType::Long));
-    p.conv_state_indices = data<int64_t>(*slots);
+    p.device.conv_state_indices = conv_state_indices->data_ptr();
+    p.device.conv_state_indices_stride = conv_state_indices->stride(0);
+    p.device.conv_state_indices_64 = conv_state_indices->scalar_type() == ScalarType::Long;
   }
   check_launch(op, cuda::launch_update(p, dtype_of(x), current_stream(x)));
   return out;

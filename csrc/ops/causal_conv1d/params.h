@@ -64,6 +64,15 @@ struct BackwardParams : Params {  // `out` and `final_states` are unused here
   void* partial;  // (P, W + 1, D) in the accumulation type: weight and bias gradients of each piece of work, summed in order
 };
 
+// The index vectors of a decoding step on a device, as they came. Any value is safe: a slot that does not exist is a padding row,
+// and the ring takes positions modulo its size.
+struct DeviceRows {
+  const void* cache_seqlens;       // (B,) or null
+  const void* conv_state_indices;  // (B,) or null
+  int64_t cache_seqlens_stride, conv_state_indices_stride;
+  bool cache_seqlens_64, conv_state_indices_64;  // int64 instead of int32
+};
+
 struct UpdateParams {
   int64_t batch, dim, num_tokens, width, state_len;
   bool silu;
@@ -83,9 +92,10 @@ struct UpdateParams {
   DType bias_dtype;
   int64_t bias_stride;
 
-  const int64_t* cache_seqlens;       // (B,) or null: shift instead of ring
-  const int64_t* conv_state_indices;  // (B,) or null; negative: padding row
+  const int64_t* cache_seqlens;       // (B,) or null: shift instead of ring (CPU)
+  const int64_t* conv_state_indices;  // (B,) or null; negative: padding row (CPU)
   int64_t num_slots;                  // rows of conv_state
+  DeviceRows device;                  // CUDA
 };
 
 }  // namespace fastlm::causal_conv1d

@@ -1,25 +1,18 @@
-// Depthwise causal convolution on CUDA, backward (formulas: ../cpu/backward.cpp). A thread moves along a piece of time with two
-// windows: the inputs at t = s + W-1, from which dp_t is recomputed, and the last W values of dp, from which dx_s follows.
-// Weight gradients: each piece writes its own partial sums and a second kernel adds them in order; no atomics, the same bits
-// always.
+// Depthwise causal convolution on CUDA, backward (formulas: ../cpu/backward.cpp), along channels. Bound by DRAM: x and dout read,
+// dx written, once each.
+//
+// A thread moves along a piece of time with two windows: the inputs, from which dp_t is computed again, and the last W values of
+// dp, from which dx_{t-(W-1)} follows. A block has kWarps pieces, one after the other in time; it adds their weight gradients and
+// writes one partial sum, and reduce_partial adds those in order: no atomics, the same bits always. With 256 positions to a
+// block the partial sums of bf16 are 1.3 % of the activations' bytes.
 #pragma once
 
 #include "ops/causal_conv1d/cuda/segments.cuh"
+#include "ops/causal_conv1d/cuda/tiling.h"
 
 namespace fastlm::causal_conv1d::cuda {
-namespace {
 
-using fastlm::cuda::from_acc;
-using fastlm::cuda::load_param;
-using fastlm::cuda::sigmoid;
-
-template <class A>
-__device__ __forceinline__ A activation_grad(A sum, bool silu) {
-  if (!silu) return A(1);
-  const A s = sigmoid(sum);
-  return s * (A(1) + sum * (A(1) - s));
-}
-
+// What the final state's gradient adds at position t of the segment (before its begin: to the initial state).
 template <class T>
 __device__ __forceinline__ acc_t<T> from_final_state(const BackwardParams& p, const Bounds& s, int64_t channel, int64_t t) {
   const int64_t keep = p.width - 1;
@@ -28,174 +21,260 @@ __device__ __forceinline__ acc_t<T> from_final_state(const BackwardParams& p, co
   return to_acc(static_cast<const T*>(p.dfinal_states)[(s.final_state * p.dim + channel) * keep + i]);
 }
 
-template <class T>
-__device__ __forceinline__ acc_t<T> dout_at(const BackwardParams& p, int64_t batch, int64_t channel, int64_t t) {
-  return to_acc(static_cast<const T*>(p.dout)[batch * p.dout_batch_stride + channel * p.dout_dim_stride + t * p.dout_seq_stride]);
-}
-
-// dx for [t0, t1) of one channel; sums the weight gradients of these positions into dw[0..W-1] and the bias gradient into dw[W].
-template <class T, int kWidth>
-__device__ void backward_piece(const BackwardParams& p, int64_t batch, int64_t channel, int64_t t0, int64_t t1, acc_t<T>* dw) {
+// dx at [begin, end), which lies in segment s, for the thread's channels from `channel` on. Adds to dw[0..W-1] and, at dw[W], to
+// the bias gradient.
+template <class T, int kWidth, int kLanes, class FilterT, class Window, class Sums>
+__device__ __forceinline__ void backward_run(const BackwardParams& p, int width, FilterT& filter, Window& tap, Window& dp,
+                                             Sums& dw, const Bounds& s, int64_t batch, int64_t channel, int64_t begin,
+                                             int64_t end) {
   using A = acc_t<T>;
-  constexpr int kSize = Window<T, kWidth>::kSize;
-  const int width = kWidth > 0 ? kWidth : static_cast<int>(p.width);
-  A w[kSize];
-  A dp[kSize];  // dp[j] belongs to position s + j
+  const int64_t keep = width - 1;
+  const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride + channel * p.x_dim_stride;
+  const T* dout = static_cast<const T*>(p.dout) + batch * p.dout_batch_stride + channel * p.dout_dim_stride;
+  T* dx = static_cast<T*>(p.dx) + batch * p.dx_batch_stride + channel * p.dx_dim_stride + begin * p.dx_seq_stride;
+
+  // The next dx, from `sum` on.
+  const auto emit = [&](A(&sum)[kLanes], bool padding) {
+    Elements<T, kLanes> result;
+    if (!padding) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) {
+#pragma unroll
+        for (int j = 0; j < width; ++j) sum[i] = multiply_add(filter.weight(j, i), dp(width - 1 - j, i), sum[i]);
+      }
+    }
+    result.set(sum);
+    result.store(dx);
+    dx += p.dx_seq_stride;
+  };
+  const auto emit_with_final = [&](int64_t t) {
+    A sum[kLanes];
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) sum[i] = from_final_state<T>(p, s, channel + i, t);
+    emit(sum, s.padding);
+  };
+  if (s.padding) {
+    for (int64_t t = begin; t < end; ++t) emit_with_final(t);
+    return;
+  }
+
+  const auto step = [&](const Elements<T, kLanes>& in, const Elements<T, kLanes>& grad, bool counts) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      tap(width - 1, i) = in.get(i);
+      A sum = filter.bias[i];
+#pragma unroll
+      for (int j = 0; j < width; ++j) sum = multiply_add(filter.weight(j, i), tap(j, i), sum);
+      const A g = before_activation(grad.get(i), sum, p.silu);
+#pragma unroll
+      for (int j = 0; j + 1 < width; ++j) dp(j, i) = dp(j + 1, i);
+      dp(width - 1, i) = g;
+      if (counts) {
+#pragma unroll
+        for (int j = 0; j < width; ++j) dw(j, i) = multiply_add(g, tap(j, i), dw(j, i));
+        dw(width, i) += g;
+      }
+#pragma unroll
+      for (int j = 0; j + 1 < width; ++j) tap(j, i) = tap(j + 1, i);
+    }
+  };
+  const auto emit_next = [&] {
+    A sum[kLanes] = {};
+    emit(sum, false);
+  };
+
+  start_window<T, kLanes>(p, width, s, batch, channel, begin, tap);
 #pragma unroll
   for (int j = 0; j < width; ++j) {
-    w[j] = load_param<A>(p.weight, p.weight_dtype, channel * p.weight_dim_stride + j * p.weight_width_stride);
-    dp[j] = A(0);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) dp(j, i) = A(0);
   }
-  const A bias = load_param<A>(p.bias, p.bias_dtype, channel * p.bias_stride);
-  T* dx = static_cast<T*>(p.dx) + batch * p.dx_batch_stride + channel * p.dx_dim_stride;
-
-  Window<T, kWidth> window;
-  window.start(p, width, batch, channel, t0);
-  Bounds own = window.bounds;  // bounds of s
-  for (int64_t t = t0; t < t1 + width - 1; ++t) {
+  const int64_t last = min(end + keep, s.end);  // dx at end-1 takes dp up to here
+  for (int64_t t = begin; t < last; t += kUnroll) {
+    Elements<T, kLanes> in[kUnroll], grad[kUnroll];
+    if (t - keep >= begin && t + kUnroll <= end) {
 #pragma unroll
-    for (int j = 0; j + 1 < width; ++j) dp[j] = dp[j + 1];
-    A grad = A(0);
-    if (t < p.seqlen) {
-      window.shift_to(p, width, batch, channel, t);
-      if (!window.bounds.padding) {
-        A sum = bias;
+      for (int u = 0; u < kUnroll; ++u) {
+        in[u].load(x + (t + u) * p.x_seq_stride);
+        grad[u].load(dout + (t + u) * p.dout_seq_stride);
+      }
 #pragma unroll
-        for (int j = 0; j < width; ++j) sum += w[j] * window.tap[j];
-        grad = dout_at<T>(p, batch, channel, t) * activation_grad(sum, p.silu);
-        if (t < t1) {
+      for (int u = 0; u < kUnroll; ++u) {
+        step(in[u], grad[u], true);
+        emit_next();
+      }
+    } else {
 #pragma unroll
-          for (int j = 0; j < width; ++j) dw[j] += grad * window.tap[j];
-          dw[width] += grad;
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t source = min(t + u, last - 1);
+        in[u].load(x + source * p.x_seq_stride);
+        grad[u].load(dout + source * p.dout_seq_stride);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (t + u < last) {
+          step(in[u], grad[u], t + u < end);
+          if (t + u - keep >= begin) emit_next();
         }
       }
     }
-    dp[width - 1] = grad;
-    const int64_t s = t - (width - 1);
-    if (s < t0) continue;
-    // With seq_idx the bounds only hold as far as the filter reaches.
-    if (s >= own.end || p.device.seq_idx != nullptr) own = bounds_at(p, batch, s);
-    A sum = from_final_state<T>(p, own, channel, s);
+  }
+  for (int64_t t = last; t < end + keep; ++t) {  // the segment's last positions: nothing comes after them
 #pragma unroll
-    for (int j = 0; j < width; ++j) {
-      if (s + j < own.end) sum += w[width - 1 - j] * dp[j];
+    for (int i = 0; i < kLanes; ++i) {
+#pragma unroll
+      for (int j = 0; j + 1 < width; ++j) dp(j, i) = dp(j + 1, i);
+      dp(width - 1, i) = A(0);
     }
-    dx[s * p.dx_seq_stride] = from_acc<T>(sum);
+    if (t - keep >= begin) emit_with_final(t - keep);
   }
 }
 
-template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) backward_rows(const BackwardParams p, int64_t pieces_per_row) {
+template <class T, int kWidth, int kLanes, int kThreads, class Sums>
+__device__ __forceinline__ void backward_piece(const BackwardParams& p, int width, Sums& dw, int64_t batch, int64_t channel,
+                                               int64_t t0, int64_t t1) {
   using A = acc_t<T>;
-  const int width = kWidth > 0 ? kWidth : static_cast<int>(p.width);
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (channel >= p.dim) return;
-  for (int64_t batch = blockIdx.z; batch < p.batch; batch += gridDim.z) {
-    for (int64_t piece = blockIdx.y; piece < pieces_per_row; piece += gridDim.y) {
-      A dw[Window<T, kWidth>::kSize + 1];
-#pragma unroll
-      for (int j = 0; j <= width; ++j) dw[j] = A(0);
-      const int64_t t0 = piece * kStepsRows;
-      backward_piece<T, kWidth>(p, batch, channel, t0, min(t0 + kStepsRows, p.seqlen), dw);
-      A* partial = static_cast<A*>(p.partial) + (batch * pieces_per_row + piece) * (width + 1) * p.dim;
-#pragma unroll
-      for (int j = 0; j <= width; ++j) partial[j * p.dim + channel] = dw[j];
-    }
+  Filter<A, kWidth, kLanes, kThreads> filter;
+  Taps<A, kWidth, kWidth, kLanes, kThreads> tap, dp;
+  place(filter.weight, width + 1, static_cast<int>(threadIdx.x));
+  place(tap, 2 * width + 1, static_cast<int>(threadIdx.x));
+  place(dp, 3 * width + 1, static_cast<int>(threadIdx.x));
+  filter.load(p, width, channel);
+  for (int64_t t = t0; t < t1;) {
+    const Bounds s = bounds_at(p, batch, t, t1 + width - 1);
+    const int64_t end = min(s.end, t1);
+    backward_run<T, kWidth, kLanes>(p, width, filter, tap, dp, dw, s, batch, channel, t, end);
+    t = end;
   }
 }
 
-// Sum over the block's threads in a fixed order; the result is valid in thread 0.
-template <class A>
-__device__ A block_sum(A value, A* shared) {
-  shared[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-    __syncthreads();
-  }
-  const A sum = shared[0];
-  __syncthreads();
-  return sum;
-}
-
-template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) backward_channels(const BackwardParams p, int64_t pieces_per_row) {
-  using A = acc_t<T>;
-  A* shared = reinterpret_cast<A*>(fastlm::cuda::shared_memory());  // (kThreads,)
-  const int width = kWidth > 0 ? kWidth : static_cast<int>(p.width);
-  for (int64_t batch = blockIdx.z; batch < p.batch; batch += gridDim.z) {
-    for (int64_t channel = blockIdx.y; channel < p.dim; channel += gridDim.y) {
-      A dw[Window<T, kWidth>::kSize + 1];
-#pragma unroll
-      for (int j = 0; j <= width; ++j) dw[j] = A(0);
-      const int64_t t0 = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kStepsChannels;
-      if (t0 < p.seqlen) {
-        backward_piece<T, kWidth>(p, batch, channel, t0, min(t0 + kStepsChannels, p.seqlen), dw);
-      }
-      A* partial = static_cast<A*>(p.partial) + (batch * pieces_per_row + blockIdx.x) * (width + 1) * p.dim;
-      for (int j = 0; j <= width; ++j) {
-        const A sum = block_sum(dw[j], shared);
-        if (threadIdx.x == 0) partial[j * p.dim + channel] = sum;
-      }
-    }
-  }
-}
-
-// One thread per channel and column: sums the pieces in order.
-template <class A>
-__global__ void reduce_partial(const A* partial, int64_t pieces, int64_t dim, int64_t width, A* dweight, A* dbias) {
-  const int64_t columns = (width + 1) * dim;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; item < columns;
-       item += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t j = item / dim;
-    const int64_t channel = item % dim;
-    A sum = A(0);
-    for (int64_t i = 0; i < pieces; ++i) sum += partial[i * columns + item];
-    if (j < width) {
-      dweight[channel * width + j] = sum;
-    } else {
-      dbias[channel] = sum;
-    }
-  }
-}
-
-// The dx formula at the W-1 positions before each segment; dp is recomputed there, at most W-1 values.
+// Element `item` of the initial states' gradient (S, D, W-1): the formula of dx at the W-1 positions before each segment. dp is
+// computed again there, at most W-1 values.
 template <class T>
-__global__ void initial_state_grad(const BackwardParams p, int64_t num_states) {
+__device__ __forceinline__ void initial_state_grad(const BackwardParams& p, int64_t num_states, int64_t item) {
   using A = acc_t<T>;
   const int64_t keep = p.width - 1;
-  const int64_t total = num_states * p.dim * keep;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; item < total;
-       item += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t i = item % keep;
-    const int64_t channel = item / keep % p.dim;
-    const int64_t state = item / keep / p.dim;
-    const DeviceSegments& d = p.device;
-    Bounds s{0, p.seqlen, state, state, false};
-    int64_t batch = state;
-    if (d.cu_seqlens != nullptr) {
-      batch = 0;
-      s.begin = clamp_to(load_index(d.cu_seqlens, d.cu_seqlens_64, state), 0, p.seqlen);
-      s.end = clamp_to(load_index(d.cu_seqlens, d.cu_seqlens_64, state + 1), s.begin, p.seqlen);
-    } else if (p.seqlen > 0 && d.seq_idx != nullptr) {
-      s = bounds_at(p, batch, 0);
+  if (item >= num_states * p.dim * keep) return;
+  const int64_t channel = item / keep % p.dim;
+  int64_t batch;
+  const Bounds s = segment_of_state(p, item / keep / p.dim, true, batch);
+  const int64_t t = s.begin - keep + item % keep;
+  const auto weight = [&](int64_t j) {
+    return load_param<A>(p.weight, p.weight_dtype, channel * p.weight_dim_stride + j * p.weight_width_stride);
+  };
+  const T* dout = static_cast<const T*>(p.dout) + batch * p.dout_batch_stride + channel * p.dout_dim_stride;
+  A sum = from_final_state<T>(p, s, channel, t);
+  for (int64_t j = 0; j < p.width; ++j) {
+    const int64_t source = t + keep - j;
+    if (s.padding || source < s.begin || source >= s.end) continue;
+    A pre = load_param<A>(p.bias, p.bias_dtype, channel * p.bias_stride);
+    for (int64_t k = 0; k < p.width; ++k) {
+      pre = multiply_add(weight(k), input_at<T>(p, s, batch, channel, source - keep + k), pre);
     }
-    const int64_t t = s.begin - keep + i;
-    A sum = from_final_state<T>(p, s, channel, t);
-    for (int64_t j = 0; j < p.width; ++j) {
-      const int64_t source = t + keep - j;
-      if (s.padding || source < s.begin || source >= s.end) continue;
-      A pre = load_param<A>(p.bias, p.bias_dtype, channel * p.bias_stride);
-      for (int64_t k = 0; k < p.width; ++k) {
-        pre += load_param<A>(p.weight, p.weight_dtype, channel * p.weight_dim_stride + k * p.weight_width_stride) *
-               input_at<T>(p, s, batch, channel, source - keep + k);
-      }
-      sum += load_param<A>(p.weight, p.weight_dtype, channel * p.weight_dim_stride + j * p.weight_width_stride) *
-             dout_at<T>(p, batch, channel, source) * activation_grad(pre, p.silu);
+    sum = multiply_add(weight(j), before_activation(to_acc(dout[source * p.dout_seq_stride]), pre, p.silu), sum);
+  }
+  static_cast<T*>(p.dinitial_states)[item] = from_acc<T>(sum);
+}
+
+constexpr int backward_threads(int width) { return width > 0 ? 128 : 64; }
+
+// Grid: tiles of 32 * kLanes channels and as many pieces of `steps` positions as the block has warps; then the initial states.
+template <class T, int kWidth, int kLanes>
+__global__ void __launch_bounds__(backward_threads(kWidth)) backward_rows(const BackwardParams p, const Tiling tiling) {
+  using A = acc_t<T>;
+  constexpr int kThreads = backward_threads(kWidth);
+  constexpr int kWarps = kThreads / 32;
+  if (blockIdx.x >= tiling.tiles) {
+    return initial_state_grad<T>(p, tiling.num_states, static_cast<int64_t>(blockIdx.x - tiling.tiles) * kThreads + threadIdx.x);
+  }
+  const int width = kWidth > 0 ? kWidth : static_cast<int>(p.width);
+  const int thread = static_cast<int>(threadIdx.x);
+  const uint32_t piece = blockIdx.x / tiling.channel_blocks;  // counted through the batch
+  const uint32_t batch = piece / tiling.pieces;
+  const int64_t first_channel = static_cast<int64_t>(blockIdx.x % tiling.channel_blocks) * (32 * kLanes);
+  const int64_t channel = first_channel + thread % 32 * kLanes;
+  const int64_t t0 = (static_cast<int64_t>(piece % tiling.pieces) * kWarps + thread / 32) * tiling.steps;
+
+  Taps<A, kWidth, kWidth + 1, kLanes, kThreads> dw;
+  place(dw, 0, thread);
+#pragma unroll
+  for (int j = 0; j <= width; ++j) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) dw(j, i) = A(0);
+  }
+  if (channel < p.dim && t0 < p.seqlen) {
+    backward_piece<T, kWidth, kLanes, kThreads>(p, width, dw, batch, channel, t0, min(t0 + tiling.steps, p.seqlen));
+  }
+
+  // sums[j][warp][lane][i]: where a Column has them already.
+  A* sums = reinterpret_cast<A*>(fastlm::cuda::shared_memory());
+  if constexpr (kWidth > 0) {
+#pragma unroll
+    for (int j = 0; j <= width; ++j) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) sums[(j * kThreads + thread) * kLanes + i] = dw(j, i);
     }
-    static_cast<T*>(p.dinitial_states)[item] = from_acc<T>(sum);
+  }
+  __syncthreads();
+  A* partial = static_cast<A*>(p.partial) + static_cast<int64_t>(piece) * (width + 1) * p.dim;
+  for (int item = thread; item < (width + 1) * 32 * kLanes; item += kThreads) {
+    const int j = item / (32 * kLanes);
+    const int c = item % (32 * kLanes);
+    A sum = A(0);
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sum += sums[(j * kWarps + warp) * 32 * kLanes + c];
+    if (first_channel + c < p.dim) partial[j * p.dim + first_channel + c] = sum;
   }
 }
 
-}  // namespace
+template <class A>
+__device__ __forceinline__ void store_param(void* p, DType dtype, int64_t i, A x) {
+  switch (dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = static_cast<float>(x);
+      break;
+    case DType::kBFloat16:
+      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(x));
+      break;
+    case DType::kFloat16:
+      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(x));
+      break;
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = static_cast<double>(x);
+      break;
+  }
+}
+
+constexpr int kReduceColumns = 32;
+constexpr int kReduceGroups = 8;
+
+// Sums of the pieces, (P, W + 1, D) -> dweight (D, W) and dbias (D,) or null. A block has 32 columns; group g of its threads adds
+// pieces g, g + 8, ..., and the groups are added in order.
+template <class A>
+__global__ void __launch_bounds__(kReduceColumns* kReduceGroups)
+    reduce_partial(const BackwardParams p, int64_t pieces, void* dweight, void* dbias) {
+  A* sums = reinterpret_cast<A*>(fastlm::cuda::shared_memory());
+  const int64_t columns = (p.width + 1) * p.dim;
+  const int group = static_cast<int>(threadIdx.x) / kReduceColumns;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kReduceColumns + threadIdx.x % kReduceColumns;
+  A sum = A(0);
+  if (column < columns) {
+    const A* partial = static_cast<const A*>(p.partial) + column;
+#pragma unroll 4
+    for (int64_t i = group; i < pieces; i += kReduceGroups) sum += partial[i * columns];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (group > 0 || column >= columns) return;
+#pragma unroll
+  for (int g = 1; g < kReduceGroups; ++g) sum += sums[g * kReduceColumns + threadIdx.x];
+  const int64_t j = column / p.dim;
+  const int64_t channel = column % p.dim;
+  if (j < p.width) {
+    store_param(dweight, p.weight_dtype, channel * p.width + j, sum);
+  } else if (dbias != nullptr) {
+    store_param(dbias, p.bias_dtype, channel, sum);
+  }
+}
+
 }  // namespace fastlm::causal_conv1d::cuda

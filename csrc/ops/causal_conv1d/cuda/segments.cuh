@@ -1,14 +1,13 @@
 // Segments on the device: which positions a filter tap may read. Three sources: a row is one segment, packed sequences
-// (cu_seqlens), or document ids (seq_idx; only as far as the filter reaches). Everything read is clamped into the row.
+// (cu_seqlens), or document ids (seq_idx). They are looked up where a thread's run of positions begins, not at every position.
+// Everything read is clamped into the row.
 #pragma once
 
-#include "core/cuda/device.cuh"
-#include "ops/causal_conv1d/params.h"
+#include "ops/causal_conv1d/cuda/lanes.cuh"
 
 namespace fastlm::causal_conv1d::cuda {
 
 using fastlm::cuda::load_index;
-using fastlm::cuda::to_acc;
 
 struct Bounds {
   int64_t begin, end;   // positions the segment covers (with seq_idx: those within reach)
@@ -21,9 +20,11 @@ __device__ __forceinline__ int64_t clamp_to(int64_t x, int64_t low, int64_t high
   return x < low ? low : (x > high ? high : x);
 }
 
-__device__ inline Bounds bounds_at(const Params& p, int64_t batch, int64_t t) {
+// The segment of position t of row `batch`. With seq_idx its begin is exact up to W-1 positions before t, its end up to `limit`.
+__device__ inline Bounds bounds_at(const Params& p, int64_t batch, int64_t t, int64_t limit) {
   const DeviceSegments& d = p.device;
   if (d.cu_seqlens != nullptr) {
+    if (d.num_sequences <= 0) return {0, p.seqlen, -1, -1, false};
     int64_t low = 0;
     int64_t high = d.num_sequences;  // the last sequence that begins at or before t
     while (high - low > 1) {
@@ -39,23 +40,30 @@ __device__ inline Bounds bounds_at(const Params& p, int64_t batch, int64_t t) {
     return {begin, end, low, low, false};
   }
   if (d.seq_idx != nullptr) {
-    const int64_t row = batch * d.seq_idx_batch_stride;
-    const int64_t id = load_index(d.seq_idx, d.seq_idx_64, row + t * d.seq_idx_seq_stride);
+    const auto id_of = [&](int64_t i) {
+      return load_index(d.seq_idx, d.seq_idx_64, batch * d.seq_idx_batch_stride + i * d.seq_idx_seq_stride);
+    };
+    const int64_t id = id_of(t);
     int64_t begin = t;
+    while (begin > 0 && t - begin < p.width - 1 && id_of(begin - 1) == id) --begin;
     int64_t end = t + 1;
-    while (begin > 0 && t - begin < p.width - 1 &&
-           load_index(d.seq_idx, d.seq_idx_64, row + (begin - 1) * d.seq_idx_seq_stride) == id) {
-      --begin;
-    }
-    while (end < p.seqlen && end - t < p.width && load_index(d.seq_idx, d.seq_idx_64, row + end * d.seq_idx_seq_stride) == id) {
-      ++end;
+    limit = min(limit, p.seqlen);
+    while (end < limit) {  // four ids under way at once
+      int64_t next[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) next[i] = id_of(min(end + i, limit - 1));
+      int same = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) same += same == i && next[i] == id && end + i < limit;
+      end += same;
+      if (same < 4) break;
     }
     return {begin, end, begin == 0 ? batch : -1, end == p.seqlen ? batch : -1, id < 0};
   }
   return {0, p.seqlen, batch, batch, false};
 }
 
-// One input of the segment at position t, which may lie up to W-1 positions before its begin.
+// The input of a segment at position t, which may lie up to W-1 positions before its begin.
 template <class T>
 __device__ __forceinline__ acc_t<T> input_at(const Params& p, const Bounds& s, int64_t batch, int64_t channel, int64_t t) {
   if (t >= s.begin) {
@@ -67,33 +75,48 @@ __device__ __forceinline__ acc_t<T> input_at(const Params& p, const Bounds& s, i
       p.initial_states)[s.initial * p.initial_batch_stride + channel * p.initial_dim_stride + i * p.initial_width_stride]);
 }
 
-// The filter's window of one channel, moved along time. kWidth 0: the width is only known at run time.
-template <class T, int kWidth>
-struct Window {
-  static constexpr int kSize = kWidth > 0 ? kWidth : static_cast<int>(kMaxWidth);
-  acc_t<T> tap[kSize];
-  Bounds bounds;
-
-  // Afterwards shift_to(t) may be called: holds the W-1 inputs before t.
-  __device__ __forceinline__ void start(const Params& p, int width, int64_t batch, int64_t channel, int64_t t) {
-    bounds = bounds_at(p, batch, t);
+// The W-1 inputs before position t of a thread's channels, into taps 0 to W-2.
+template <class T, int kLanes, class Window>
+__device__ __forceinline__ void start_window(const Params& p, int width, const Bounds& s, int64_t batch, int64_t channel,
+                                             int64_t t, Window& tap) {
+  const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride + channel * p.x_dim_stride;
 #pragma unroll
-    for (int j = 1; j < width; ++j) tap[j] = input_at<T>(p, bounds, batch, channel, t - width + j);
-  }
-
-  __device__ __forceinline__ void shift_to(const Params& p, int width, int64_t batch, int64_t channel, int64_t t) {
-    if (t >= bounds.end) {
-      start(p, width, batch, channel, t);
+  for (int j = 0; j + 1 < width; ++j) {
+    const int64_t source = t - width + 1 + j;
+    if (source >= s.begin) {
+      Elements<T, kLanes> in;
+      in.load(x + source * p.x_seq_stride);
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) tap(j, i) = in.get(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) tap(j, i) = input_at<T>(p, s, batch, channel + i, source);
     }
-#pragma unroll
-    for (int j = 0; j + 1 < width; ++j) tap[j] = tap[j + 1];
-    tap[width - 1] = input_at<T>(p, bounds, batch, channel, t);
   }
-};
+}
 
-// How a grid covers (B, D, L): channels along threads (channel-last), or pieces of time along threads (channel-first).
-constexpr int kThreads = 128;
-constexpr int kStepsRows = 32;     // positions per thread in channel-last memory
-constexpr int kStepsChannels = 8;  // positions per thread in channel-first memory: 16 bytes of bf16
+// The segment a state belongs to, and its row of the batch. With seq_idx: the row's first or last document.
+__device__ inline Bounds segment_of_state(const Params& p, int64_t state, bool first, int64_t& batch) {
+  const DeviceSegments& d = p.device;
+  batch = d.cu_seqlens != nullptr ? 0 : state;
+  if (d.cu_seqlens != nullptr) {
+    const int64_t begin = clamp_to(load_index(d.cu_seqlens, d.cu_seqlens_64, state), 0, p.seqlen);
+    return {begin, clamp_to(load_index(d.cu_seqlens, d.cu_seqlens_64, state + 1), begin, p.seqlen), state, state, false};
+  }
+  if (d.seq_idx != nullptr && p.seqlen > 0) return bounds_at(p, batch, first ? 0 : p.seqlen - 1, p.width);
+  return {0, p.seqlen, state, state, false};
+}
+
+// Element `item` of the final states (S, D, W-1): the last W-1 inputs of each segment.
+template <class T>
+__device__ __forceinline__ void final_state(const Params& p, int64_t num_states, int64_t item) {
+  const int64_t keep = p.width - 1;
+  if (item >= num_states * p.dim * keep) return;
+  const int64_t i = item % keep;
+  const int64_t channel = item / keep % p.dim;
+  int64_t batch;
+  const Bounds s = segment_of_state(p, item / keep / p.dim, false, batch);
+  static_cast<T*>(p.final_states)[item] = from_acc<T>(input_at<T>(p, s, batch, channel, s.end - keep + i));
+}
 
 }  // namespace fastlm::causal_conv1d::cuda
