@@ -9,13 +9,14 @@ PYTEST_ARGS ?=
 
 SOURCES := $(shell find csrc cmake third_party -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test lint cuda-check emulate-cuda wheel-check sanitize emulate clean
+.PHONY: help demo test lint cuda-check cuda-report emulate-cuda wheel-check sanitize emulate clean
 
 help:
 	@echo "make demo         train a Samba model on real text, measure it, generate from it"
 	@echo "make test         build and run every test"
 	@echo "make lint         ruff, mypy, clang-format"
 	@echo "make cuda-check   compile the CUDA operators for sm_80 and sm_90a without linking (needs nvcc)"
+	@echo "make cuda-report  registers, spills and instructions of the CUDA kernels, into docs/cuda-kernels.md (needs cuobjdump)"
 	@echo "make emulate-cuda the CUDA operators on an emulated device, under sanitizers (needs the CUDA headers, no GPU)"
 	@echo "make wheel-check  build a wheel in isolation, install it in a fresh environment, run it"
 	@echo "make emulate      the AVX-512 levels as emulated AVX2 code, against the reference (needs libsimde-dev)"
@@ -59,6 +60,9 @@ cuda-check: $(VENV)/.tools
 	$(BIN)/cmake -S . -B build/cuda-check -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTLM_CUDA_COMPILE_ONLY=ON -DFASTLM_PYTHON_MODULE=OFF -DFASTLM_CPU_LEVELS=default
 	$(BIN)/cmake --build build/cuda-check --parallel $(JOBS) --target fastlm_cuda_kernels fastlm_cuda_adapters
+
+cuda-report: cuda-check
+	$(BIN)/python tools/cuda_report.py --write --check
 
 wheel-check: $(VENV)/.torch
 	sh tools/wheel_check.sh $(PYTHON) "$(TORCH)"
