@@ -21,8 +21,9 @@ fastlm_sources(causal_conv1d
 fastlm_sources(selective_scan
   ADAPTER checks.cpp call.cpp cpu.cpp
   KERNELS cpu/forward.cpp cpu/backward.cpp cpu/update.cpp
-  CUDA_ADAPTER cuda.cpp cuda_update.cpp
+  CUDA_ADAPTER cuda.cpp cuda_backward.cpp cuda_update.cpp
   CUDA cuda/launch.cu cuda/forward_bf16.cu cuda/forward_fp16.cu cuda/forward_float.cu cuda/forward_double.cu
+       cuda/backward_launch.cu cuda/backward_bf16.cu cuda/backward_fp16.cu cuda/backward_float.cu cuda/backward_double.cu
        cuda/update.cu)
 fastlm_sources(sliding_window_attention
   ADAPTER checks.cpp call.cpp cpu.cpp
