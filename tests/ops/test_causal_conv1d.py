@@ -381,6 +381,30 @@ def test_same_bits_for_any_number_of_threads(layout, dtype):
     conformance.assert_same_for_any_thread_count(ops.causal_conv1d, make_call, with_grad=True)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channel_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2, 4])
+def test_same_bits_for_any_alignment(layout, dtype, width, device):
+    """Where memory is not aligned, elements are moved one by one; that changes no result."""
+    draw = Draw("alignment", device)
+    shape = (2, 64, 208)
+    weight, bias = draw.normal(64, width, dtype=dtype), draw.normal(64, dtype=dtype)
+    results = []
+    for room in (0, 1):
+        values = Draw("alignment of x", device).normal(*shape, dtype=dtype)
+        memory = values if layout == "contiguous" else values.transpose(1, 2)
+        padded = memory.new_zeros((*memory.shape[:2], memory.shape[2] + room))
+        padded[..., room:] = memory
+        x = padded[..., room:] if layout == "contiguous" else padded[..., room:].transpose(1, 2)
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        out, states = ops.causal_conv1d(*leaves, activation="silu", return_final_states=True)
+        weights = torch.linspace(-1, 1, out.numel(), device=device).view(shape)
+        grads = torch.autograd.grad((out.float() * weights).sum(), leaves)
+        results.append((out, states, *grads))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_large_call_matches_the_reference():
     """Several tiles and several blocks of channels at once."""
     draw = Draw("large")

@@ -127,6 +127,33 @@ _FORWARD: dict[str, Recipe] = {
     "one_channel": partial(_forward, (1, 1, 9)),
     "past_a_tile": partial(_forward, (2, 65, 130)),
     "past_a_tile_channel_last": partial(_forward, (2, 65, 130), layout="channel_last"),
+    # Sizes of which a device moves 16 bytes at once, along channels and along time.
+    "vectors_of_channels": partial(_forward, (2, 40, 75), initial=True, layout="channel_last"),
+    "vectors_of_channels_float16": partial(
+        _forward, (2, 40, 40), width=3, layout="channel_last", dtype=torch.float16, params=torch.float32
+    ),
+    "vectors_of_channels_packed": partial(
+        _forward,
+        (1, 72, 150),
+        cu_seqlens=[0, 1, 1, 64, 66, 150],
+        initial=True,
+        layout="channel_last",
+        dtype=torch.bfloat16,
+    ),
+    "vectors_of_channels_documents": partial(
+        _forward,
+        (2, 16, 45),
+        width=2,
+        documents=[[0] * 5 + [1] * 40, [3] * 38 + [-1] * 4 + [7] * 3],
+        initial=True,
+        layout="channel_last",
+        dtype=torch.bfloat16,
+        bias=False,
+    ),
+    "vectors_of_time": partial(_forward, (2, 5, 88), initial=True, dtype=torch.bfloat16),
+    "vectors_of_time_packed": partial(
+        _forward, (1, 3, 304), cu_seqlens=[0, 64, 65, 65, 301, 304], initial=True, width=3
+    ),
     "no_length": partial(_forward, (2, 5, 0), initial=True),
     "no_batch": partial(_forward, (0, 5, 8)),
     "no_channels": partial(_forward, (2, 0, 8)),
@@ -163,6 +190,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "wide": partial(_update, 2, 70),
         "dense": partial(_update, 2, 83, size=3),
         "dense_bfloat16": partial(_update, 2, 83, size=3, dtype=torch.bfloat16),
+        "vectors": partial(_update, 3, 24, slots=[1, -1, 2], num_slots=3),
+        "vectors_bfloat16": partial(_update, 2, 264, size=3, dtype=torch.bfloat16),
         "dense_float16": partial(_update, 2, 83, size=3, dtype=torch.float16, bias=False),
     },
 }
