@@ -28,9 +28,10 @@ __device__ __forceinline__ void backward_run(const BackwardParams& p, int width,
                                              Sums& dw, const Bounds& s, int64_t batch, int64_t channel, int64_t begin,
                                              int64_t end) {
   using A = acc_t<T>;
-  const int64_t keep = width - 1;
-  const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride + channel * p.x_dim_stride;
-  const T* dout = static_cast<const T*>(p.dout) + batch * p.dout_batch_stride + channel * p.dout_dim_stride;
+  const int keep = width - 1;
+  const T* x = static_cast<const T*>(p.x) + batch * p.x_batch_stride + channel * p.x_dim_stride + begin * p.x_seq_stride;
+  const T* dout =
+      static_cast<const T*>(p.dout) + batch * p.dout_batch_stride + channel * p.dout_dim_stride + begin * p.dout_seq_stride;
   T* dx = static_cast<T*>(p.dx) + batch * p.dx_batch_stride + channel * p.dx_dim_stride + begin * p.dx_seq_stride;
 
   // The next dx, from `sum` on.
@@ -89,44 +90,49 @@ __device__ __forceinline__ void backward_run(const BackwardParams& p, int width,
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) dp(j, i) = A(0);
   }
-  const int64_t last = min(end + keep, s.end);  // dx at end-1 takes dp up to here
-  for (int64_t t = begin; t < last; t += kUnroll) {
-    Elements<T, kLanes> in[kUnroll], grad[kUnroll];
-    if (t - keep >= begin && t + kUnroll <= end) {
+  constexpr int kRows = sizeof(T) == 2 ? kUnroll : kUnroll / 2;  // the same bytes under way for every type
+  // Positions of the run, counted from its begin: 0 to n. dx at n-1 takes dp up to `last`.
+  const int n = static_cast<int>(end - begin);
+  const int last = static_cast<int>(min(end + keep, s.end) - begin);
+  for (int t = 0; t < last; t += kRows) {
+    Elements<T, kLanes> in[kRows], grad[kRows];
+    if (t >= keep && t + kRows <= n) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        in[u].load(x + (t + u) * p.x_seq_stride);
-        grad[u].load(dout + (t + u) * p.dout_seq_stride);
+      for (int u = 0; u < kRows; ++u) {
+        in[u].load(x + u * p.x_seq_stride);
+        grad[u].load(dout + u * p.dout_seq_stride);
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         step(in[u], grad[u], true);
         emit_next();
       }
     } else {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t source = min(t + u, last - 1);
+      for (int u = 0; u < kRows; ++u) {
+        const int source = min(u, last - 1 - t);
         in[u].load(x + source * p.x_seq_stride);
         grad[u].load(dout + source * p.dout_seq_stride);
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         if (t + u < last) {
-          step(in[u], grad[u], t + u < end);
-          if (t + u - keep >= begin) emit_next();
+          step(in[u], grad[u], t + u < n);
+          if (t + u >= keep) emit_next();
         }
       }
     }
+    x += kRows * p.x_seq_stride;
+    dout += kRows * p.dout_seq_stride;
   }
-  for (int64_t t = last; t < end + keep; ++t) {  // the segment's last positions: nothing comes after them
+  for (int t = last; t < n + keep; ++t) {  // the segment's last positions: nothing comes after them
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
 #pragma unroll
       for (int j = 0; j + 1 < width; ++j) dp(j, i) = dp(j + 1, i);
       dp(width - 1, i) = A(0);
     }
-    if (t - keep >= begin) emit_with_final(t - keep);
+    if (t >= keep) emit_with_final(begin + t - keep);
   }
 }
 
@@ -179,8 +185,10 @@ __device__ __forceinline__ void initial_state_grad(const BackwardParams& p, int6
 constexpr int backward_threads(int width) { return width > 0 ? 128 : 64; }
 
 // Grid: tiles of 32 * kLanes channels and as many pieces of `steps` positions as the block has warps; then the initial states.
+// Four blocks to a multiprocessor: 128 registers.
 template <class T, int kWidth, int kLanes>
-__global__ void __launch_bounds__(backward_threads(kWidth)) backward_rows(const BackwardParams p, const Tiling tiling) {
+__global__ void __launch_bounds__(backward_threads(kWidth), kWidth > 0 ? 4 : 1)
+    backward_rows(const BackwardParams p, const Tiling tiling) {
   using A = acc_t<T>;
   constexpr int kThreads = backward_threads(kWidth);
   constexpr int kWarps = kThreads / 32;
