@@ -102,6 +102,20 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+// 8 or 16 bytes of registers to global memory, aligned to as much, by one instruction. An assignment of a uint4 is cut into four
+// stores where the same address is also used in another way; where it is not, it leaves the compiler more freedom.
+template <int kBytes>
+__device__ __forceinline__ void store_words(void* to, const uint32_t* word) {
+  static_assert(kBytes == 8 || kBytes == 16);
+  const size_t address = __cvta_generic_to_global(to);
+  if constexpr (kBytes == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word[0]), "r"(word[1]) : "memory");
+  }
+}
+
 // A volatile read of global memory another block writes, and the fences around it.
 __device__ __forceinline__ int load_acquire(const int* p) {
   int x;

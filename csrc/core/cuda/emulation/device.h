@@ -271,6 +271,12 @@ inline float exp2_approx(float x) { return flush_tiny(std::exp2(x)); }
 inline float log2_approx(float x) { return std::log2(flush_tiny(x)); }
 inline float rcp_approx(float x) { return flush_tiny(1.0f / x); }
 
+template <int kBytes>
+void store_words(void* to, const uint32_t* word) {
+  if (reinterpret_cast<uintptr_t>(to) % kBytes != 0) emulation::fail("store_words: the address is not aligned to %d", kBytes);
+  std::memcpy(to, word, kBytes);
+}
+
 inline int load_acquire(const int* p) { return *static_cast<const volatile int*>(p); }
 inline void add_release(int* p, int x) {
   *p += x;

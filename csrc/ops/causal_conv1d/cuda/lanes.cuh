@@ -61,6 +61,14 @@ struct Words {
       for (int i = 0; i < kCount; ++i) static_cast<uint32_t*>(p)[i] = word[i];
     }
   }
+  // The same where the compiler would cut the assignments: another path stores to the same address element by element.
+  __device__ __forceinline__ void store_whole(void* p) const {
+    constexpr int kOnce = kBytes % 16 == 0 ? 16 : 8;
+#pragma unroll
+    for (int i = 0; i < kBytes / kOnce; ++i) {
+      fastlm::cuda::store_words<kOnce>(static_cast<char*>(p) + i * kOnce, word + i * kOnce / 4);
+    }
+  }
 };
 
 // kLanes elements as they lie in memory.

@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_line(T* out, bool vectors, const acc_t<T> 
       for (int i = 0; i < kVector; ++i) part[i] = v[k + i];
       Elements<T, kVector> raw;
       raw.set(part);
-      raw.store(out + k);
+      raw.words.store_whole(out + k);
     }
   } else {
 #pragma unroll

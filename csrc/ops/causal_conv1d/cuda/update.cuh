@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_one_token(const UpdateP
   A sum[kLanes] = {};
   if (slot < 0) {
     result.set(sum);
-    result.store(out);
+    result.words.store_whole(out);
     return;
   }
   T* state = static_cast<T*>(p.conv_state) + slot * p.state_batch_stride + channel * kState;
@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(kUpdateThreads) update_one_token(const UpdateP
     for (int j = 0; j < kState; ++j) next[i * kState + j] = j + 1 < kState ? old.get(i * kState + j + 1) : x.get(i);
   }
   shifted.set(next);  // rounds values of T to T: nothing changes
-  shifted.store(state);
+  shifted.words.store_whole(state);
   result.set(sum);
-  result.store(out);
+  result.words.store_whole(out);
 }
 
 // Anything else: one channel to a thread, its weights and window a column of shared memory.
