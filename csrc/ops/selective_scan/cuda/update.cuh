@@ -1,21 +1,13 @@
 // One position of the scan per row on CUDA, from and into the state: h = exp2(dt A log2 e) h + dt x B, y = C . h + D x, gated by
-// z. Arithmetic and order as in forward.cuh. Four lanes (32 where N is large) hold a channel's states, four neighbouring ones
-// each, so a warp reads and writes whole runs of the state; kRows rows of the batch are under way in a thread at once, and share
-// its A. Bound by DRAM: 8 N bytes of fp32 state for a channel of a row.
+// z. Arithmetic as in forward.cuh. Any N, strides and types; what most calls are goes through update_dense.cuh, to the same bits.
+// Four lanes (32 where N is large) hold a channel's states, four neighbouring ones each; kUpdateRows rows of the batch are under
+// way in a thread at once, and share its A. Bound by latency: what a row needs is asked for one thing after another.
 #pragma once
 
-#include "ops/selective_scan/cuda/functions.cuh"
-#include "ops/selective_scan/params.h"
+#include "ops/selective_scan/cuda/step.cuh"
+#include "ops/selective_scan/cuda/update_call.h"
 
 namespace fastlm::selective_scan::cuda {
-
-constexpr int kUpdateThreads = 128, kUpdateRows = 2;
-
-struct UpdateCall {
-  UpdateParams p;
-  int64_t num_slots;  // rows of the state: others are padding
-  bool wide_states;   // four neighbouring states are one aligned piece of memory
-};
 
 template <class A>
 __device__ __forceinline__ void load_state(A (&h)[4], const void* state, DType dtype, int64_t at, int64_t stride, bool wide,
@@ -79,17 +71,6 @@ __device__ __forceinline__ void store_state(const A (&h)[4], void* state, DType 
   }
 }
 
-// Four states' worth of a step: h is replaced, the sum continued.
-template <class A>
-__device__ __forceinline__ A step_states(A (&h)[4], const A (&decay)[4], A dt, A in, const A (&b)[4], const A (&c)[4], A sum) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    h[i] = fastlm::cuda::multiply_add(power_of_two(dt * decay[i]), h[i], in * b[i]);
-    sum = fastlm::cuda::multiply_add(c[i], h[i], sum);
-  }
-  return sum;
-}
-
 // Grid: x: blocks of channels; y: kUpdateRows rows of the batch, strided.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kUpdateThreads, sizeof(acc_t<T>) == 4 ? 6 : 4)
@@ -101,7 +82,8 @@ __global__ void __launch_bounds__(kUpdateThreads, sizeof(acc_t<T>) == 4 ? 6 : 4)
   const int64_t d = static_cast<int64_t>(blockIdx.x) * kChannels + threadIdx.x / kLanes;
   const bool real = d < p.dim;
   const int64_t channel = real ? d : 0;
-  const int64_t b_group = channel / (p.dim / p.B.groups), c_group = channel / (p.dim / p.C.groups);
+  const int64_t b_group = p.B.groups == 1 ? 0 : channel / (p.dim / p.B.groups);
+  const int64_t c_group = p.C.groups == 1 ? 0 : channel / (p.dim / p.C.groups);
   const A bias = fastlm::cuda::load_param<A>(p.dt_bias.data, p.dt_bias.dtype, channel * p.dt_bias.dim_stride);
   const A skip = fastlm::cuda::load_param<A>(p.D.data, p.D.dtype, channel * p.D.dim_stride);
   const auto element = [&](const Activation& x, int64_t row) {
@@ -125,8 +107,7 @@ __global__ void __launch_bounds__(kUpdateThreads, sizeof(acc_t<T>) == 4 ? 6 : 4)
       if (slot[r] >= call.num_slots || !real) slot[r] = -1;
       sum[r] = dt[r] = in[r] = A(0);
       if (slot[r] < 0) continue;
-      dt[r] = element(p.dt, row) + bias;
-      if (p.dt_softplus) dt[r] = softplus<sizeof(T) != 2>(dt[r]);
+      dt[r] = step_size<T>(element(p.dt, row) + bias, p.dt_softplus);
       in[r] = dt[r] * element(p.x, row);
     }
     for (int64_t n0 = 4 * lane; n0 < p.state; n0 += 4 * kLanes) {
@@ -141,10 +122,10 @@ __global__ void __launch_bounds__(kUpdateThreads, sizeof(acc_t<T>) == 4 ? 6 : 4)
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        decay[i] = i < count
-                       ? static_cast<A>(kLog2e * fastlm::cuda::load_param<double>(
-                                                     p.A.data, p.A.dtype, channel * p.A.dim_stride + (n0 + i) * p.A.state_stride))
-                       : A(0);
+        decay[i] = A(0);
+        if (i >= count) continue;
+        const int64_t n = channel * p.A.dim_stride + (n0 + i) * p.A.state_stride;
+        decay[i] = decay_of<A>(fastlm::cuda::load_param<double>(p.A.data, p.A.dtype, n));
       }
 #pragma unroll
       for (int r = 0; r < kUpdateRows; ++r) {
@@ -152,22 +133,19 @@ __global__ void __launch_bounds__(kUpdateThreads, sizeof(acc_t<T>) == 4 ? 6 : 4)
         A b[4], c[4];
         load_row(b, p.B, b_group, first + r, n0, count);
         load_row(c, p.C, c_group, first + r, n0, count);
-        sum[r] = step_states(h[r], decay, dt[r], in[r], b, c, sum[r]);
+        sum[r] = step_states(h[r], decay, dt[r], in[r], b, c, sum[r], count);
         store_state(h[r], p.state_data, p.state_dtype, at(r), p.state_state_stride, call.wide_states, count);
       }
     }
 #pragma unroll
     for (int r = 0; r < kUpdateRows; ++r) {
-#pragma unroll
-      for (int distance = 1; distance < kLanes; distance *= 2) {
-        sum[r] += __shfl_xor_sync(fastlm::cuda::kFullWarp, sum[r], distance);
-      }
+      sum[r] = sum_lanes<kLanes>(sum[r]);
       const int64_t row = first + r;
       if (lane != 0 || !real || row >= p.batch) continue;
       A y = A(0);
       if (slot[r] >= 0) {
-        y = fastlm::cuda::multiply_add(skip, element(p.x, row), sum[r]);
-        if (p.z.data != nullptr) y *= silu(element(p.z, row));
+        const bool gated = p.z.data != nullptr;
+        y = step_output(sum[r], skip, element(p.x, row), gated, gated ? element(p.z, row) : A(0));
       }
       static_cast<T*>(p.out.data)[row * p.out.batch_stride + channel * p.out.dim_stride] = fastlm::cuda::from_acc<T>(y);
     }
