@@ -47,7 +47,11 @@ EXPECTED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("no local memory in the hot loop", "hot HMMA", "hot LDSM", "LDGSTS.128"),
     ),
     (r"fused_hopper<.*>", "sm_90a", ("HGMMA", "UTMALDG", "MUFU.EX2")),
-    (r"update_kernel<.*, 4>", "", ("no local memory in loops", "LDG.128", "STG.128")),
+    (
+        r"update_dense<.*, float>",
+        "",
+        ("no local memory in loops", "LDG.128", "STG.128", "MUFU.EX2", "at most 80 registers"),
+    ),
     (
         r"forward_rows<b?float16, 4, 8>",
         "",

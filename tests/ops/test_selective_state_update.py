@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fastlm
 from fastlm import ops, reference
 from tests.support import conformance, samples, strategies
 from tests.support.conformance import assert_matches_reference
@@ -85,6 +86,100 @@ def test_slots_of_other_rows_stay_as_they_were():
     assert torch.equal(state[[0, 1, 2, 4]], before[[0, 1, 2, 4]])
     assert not torch.equal(state[3], before[3])
     assert not out[1].any()
+
+
+# ---- layouts --------------------------------------------------------------------------------------------
+
+
+def _mamba_call(
+    dtype: torch.dtype, state_dtype: torch.dtype, batch: int, dim: int, *, spread: bool, bare: bool
+) -> Call:
+    """One call of Mamba's sizes, B and C cut from a wider matrix; `spread`: the same values, no stride 1 anywhere."""
+    draw = Draw("layouts-update")
+    groups = 2 if dim % 2 == 0 else 1
+    cut = draw.normal(batch, 8 + 2 * groups * 16, dtype=dtype)
+    B, C = (part.view(batch, groups, 16) for part in cut[:, 8:].split(groups * 16, 1))
+    args = [
+        draw.normal(batch + 2, dim, 16, dtype=state_dtype),
+        draw.normal(batch, dim, dtype=dtype),
+        draw.normal(batch, dim, dtype=dtype).abs(),
+        -draw.normal(dim, 16).exp(),
+        B,
+        C,
+    ]
+    more = {
+        "D": draw.normal(dim, dtype=dtype),
+        "z": draw.normal(batch, dim, dtype=dtype),
+        "dt_bias": draw.normal(dim),
+    }
+    slots = torch.arange(batch).flip(0) + 1
+    if batch > 1:
+        slots[0] = -1
+
+    def place(t: Tensor) -> Tensor:
+        if not spread:
+            return t
+        to = torch.zeros([2 * size for size in t.shape], dtype=t.dtype)[(slice(None, None, 2),) * t.dim()]
+        return to.copy_(t)
+
+    kwargs = {} if bare else {name: place(t) for name, t in more.items()} | {"dt_softplus": True}
+    return Call(tuple(place(t) for t in args), kwargs | {"state_batch_indices": slots})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize(("batch", "dim", "bare"), [(1, 32, False), (5, 33, True), (9, 70, False)])
+def test_update_of_mamba_sizes_in_any_layout(dtype, state_dtype, batch, dim, bare):
+    call, spread = (
+        _mamba_call(dtype, state_dtype, batch, dim, spread=spread, bare=bare) for spread in (False, True)
+    )
+    assert_matches_reference(ops.selective_state_update, reference.selective_state_update, call)
+    # The call above may have worked on a copy of the state: again, to compare bits.
+    results = []
+    for made in (_mamba_call(dtype, state_dtype, batch, dim, spread=False, bare=bare), spread):
+        out = ops.selective_state_update(*made.args, **made.kwargs)
+        results.append((out, made.args[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_bits_of_a_row_do_not_depend_on_the_batch():
+    call = _mamba_call(torch.bfloat16, torch.float32, 7, 70, spread=False, bare=False)
+    state, x, dt, A, B, C = call.args
+    call.kwargs.pop("state_batch_indices")
+    z = call.kwargs.pop("z")
+    whole_state = state[:7].clone()
+    whole = ops.selective_state_update(whole_state, x, dt, A, B, C, z=z, **call.kwargs)
+    for i in range(7):
+        row = slice(i, i + 1)
+        alone = state[row].clone()
+        out = ops.selective_state_update(alone, x[row], dt[row], A, B[row], C[row], z=z[row], **call.kwargs)
+        assert torch.equal(out, whole[row])
+        assert torch.equal(alone, whole_state[row])
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_slots_that_do_not_exist_are_padding_on_the_device(spread):
+    if not fastlm.build_info()["cuda"]["emulated"]:
+        pytest.skip("the CPU operator refuses these values")
+    results = []
+    for missing in ([-1, -1, -1, -1], [9, 2**31 + 1, 2**40 + 1, -(2**63)]):
+        call = _mamba_call(torch.bfloat16, torch.float32, 7, 70, spread=spread, bare=False)
+        call.kwargs["state_batch_indices"] = torch.tensor([3, missing[0], 0, *missing[1:], 8])
+        results.append((ops.selective_state_update(*call.args, **call.kwargs), call.args[0]))
+    (out, state), (got_out, got_state) = results
+    assert torch.equal(got_out, out)
+    assert torch.equal(got_state, state)
+    assert not got_out[[1, 3, 4, 5]].any()
 
 
 # ---- contract -------------------------------------------------------------------------------------------
