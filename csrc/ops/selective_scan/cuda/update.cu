@@ -54,6 +54,7 @@ bool fill_dense(DenseCall& call, const UpdateParams& p, int64_t num_slots, DType
   if (p.A.dtype != DType::kFloat32 || !fours(p.A.data, p.A.dtype, p.A.state_stride, p.A.dim_stride, 0)) return false;
   if (!wide_states(p) || !projected(p.B) || !projected(p.C)) return false;
   if (!contiguous(p.x) || !contiguous(p.dt) || !contiguous(p.z) || !contiguous(p.out)) return false;
+  if (num_slots == 0) return false;  // nothing is computed from the pointer of an empty tensor
   if (p.batch > kMostBlocks * kDenseRows || p.dim > kInt - kDenseChannels || num_slots > kInt) return false;
 
   bool fit = true;
