@@ -51,6 +51,25 @@ __device__ __forceinline__ A load_param(const void* p, DType dtype, int64_t i) {
   return A(0);
 }
 
+// The other way, rounded.
+template <class A>
+__device__ __forceinline__ void store_param(void* p, DType dtype, int64_t i, A x) {
+  switch (dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = static_cast<float>(x);
+      break;
+    case DType::kBFloat16:
+      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(x));
+      break;
+    case DType::kFloat16:
+      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(x));
+      break;
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = static_cast<double>(x);
+      break;
+  }
+}
+
 __device__ __forceinline__ int64_t load_index(const void* p, bool is_64, int64_t i) {
   return is_64 ? static_cast<const int64_t*>(p)[i] : static_cast<int64_t>(static_cast<const int32_t*>(p)[i]);
 }

@@ -41,6 +41,17 @@ Projection projection(const Tensor& t) {
   return x;
 }
 
+Tensor empty_projection(const Tensor& like) {
+  const int64_t rank = like.dim();
+  if (rank == 2) return empty({like.size(0), like.size(1)}, like.scalar_type(), like);
+  if (rank == 3) return empty_like_layout(like, like.scalar_type());
+  if (like.stride(3) == 1 || like.stride(2) != 1) {
+    return empty({like.size(0), like.size(1), like.size(2), like.size(3)}, like.scalar_type(), like);
+  }
+  const Tensor memory = empty({like.size(0), like.size(3), like.size(1), like.size(2)}, like.scalar_type(), like);
+  return torch::stable::transpose(torch::stable::transpose(memory, 1, 2), 2, 3);
+}
+
 Plan make_plan(const Params& p) {
   Plan plan;
   plan.group_dim = p.dim / p.groups;

@@ -22,6 +22,9 @@ Activation activation(const Tensor& t);
 Parameter parameter(const OptionalTensor& t);
 Projection projection(const Tensor& t);  // B or C, and their gradients, of selective_scan
 
+// A gradient of B or C in the layout of the original: (B, L, N) or (B, L, G, N) memory if its states are contiguous.
+Tensor empty_projection(const Tensor& like);
+
 Plan make_plan(const Params& p);
 ChannelArrays make_arrays(const Params& p, const Plan& plan);
 

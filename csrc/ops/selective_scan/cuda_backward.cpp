@@ -11,19 +11,6 @@
 namespace fastlm::selective_scan {
 namespace {
 
-// A gradient of B or C in the layout of the original: (B, L, N) or (B, L, G, N) memory if its states are contiguous.
-Tensor empty_projection(const Tensor& like) {
-  const int64_t rank = like.dim();
-  if (rank == 3) return empty_like_layout(like, like.scalar_type());
-  if (rank == 2 || like.stride(3) == 1 || like.stride(2) != 1) {
-    std::vector<int64_t> shape;
-    for (int64_t i = 0; i < rank; ++i) shape.push_back(like.size(i));
-    return empty(shape, like.scalar_type(), like);
-  }
-  const Tensor memory = empty({like.size(0), like.size(3), like.size(1), like.size(2)}, like.scalar_type(), like);
-  return torch::stable::transpose(torch::stable::transpose(memory, 1, 2), 2, 3);
-}
-
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients backward(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,

@@ -235,24 +235,6 @@ __global__ void __launch_bounds__(backward_threads(kWidth), kWidth > 0 ? 4 : 1)
   }
 }
 
-template <class A>
-__device__ __forceinline__ void store_param(void* p, DType dtype, int64_t i, A x) {
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(p)[i] = static_cast<float>(x);
-      break;
-    case DType::kBFloat16:
-      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(x));
-      break;
-    case DType::kFloat16:
-      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(x));
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(p)[i] = static_cast<double>(x);
-      break;
-  }
-}
-
 constexpr int kReduceColumns = 32;
 constexpr int kReduceGroups = 8;
 
@@ -279,9 +261,9 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceGroups)
   const int64_t j = column / p.dim;
   const int64_t channel = column % p.dim;
   if (j < p.width) {
-    store_param(dweight, p.weight_dtype, channel * p.width + j, sum);
+    fastlm::cuda::store_param(dweight, p.weight_dtype, channel * p.width + j, sum);
   } else if (dbias != nullptr) {
-    store_param(dbias, p.bias_dtype, channel, sum);
+    fastlm::cuda::store_param(dbias, p.bias_dtype, channel, sum);
   }
 }
 

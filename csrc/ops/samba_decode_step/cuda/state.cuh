@@ -4,36 +4,13 @@
 #pragma once
 
 #include "ops/samba_decode_step/cuda/weights.cuh"
+#include "ops/selective_scan/cuda/step.cuh"
 
 namespace fastlm::samba_decode_step::cuda {
 namespace {
 
-using fastlm::cuda::sigmoid;
-
-__device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
-__device__ __forceinline__ double softplus(double x) { return x > 20.0 ? x : log1p(exp(x)); }
-__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
-__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
-
-template <class A>
-__device__ __forceinline__ void store_state(void* p, DType dtype, int64_t i, A x) {
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(p)[i] = static_cast<float>(x);
-      break;
-    case DType::kBFloat16:
-      static_cast<bfloat16*>(p)[i] = from_acc<bfloat16>(static_cast<float>(x));
-      break;
-    case DType::kFloat16:
-      static_cast<float16*>(p)[i] = from_acc<float16>(static_cast<float>(x));
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(p)[i] = static_cast<double>(x);
-      break;
-  }
-}
 
 // Spread over the blocks first: few warps in each.
 __device__ __forceinline__ Share state_share(int block, int blocks, const BlockTeam& team) {
@@ -45,34 +22,37 @@ template <class T>
 __device__ __forceinline__ void update_state(const StateUpdate& p, int64_t token, int64_t d, bool real, int c, acc_t<T> dt,
                                              const acc_t<T>* b, const acc_t<T>* c_row) {
   using A = acc_t<T>;
-  const A step = softplus(dt + load_param<A>(p.bias, p.bias_dtype, d * p.bias_stride));
+  namespace scan = selective_scan::cuda;
+  const A step = scan::step_size<T>(dt + load_param<A>(p.bias, p.bias_dtype, d * p.bias_stride), true);
   const A u = to_acc(static_cast<const T*>(p.u)[token * p.u_stride + d]);
-  const A in = step * u, exponent = step * static_cast<A>(1.4426950408889634);
+  const A in = step * u;
   const int64_t h0 = token * p.h_batch_stride + d * p.h_dim_stride;
   A sum = 0;
   for (int n0 = 4 * c; n0 < p.state; n0 += 16) {
-    A h[4], decay[4];
+    const int count = p.state - n0 < 4 ? p.state - n0 : 4;
+    A h[4], decay[4], b4[4], c4[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool in_state = n0 + i < p.state;
-      h[i] = in_state ? load_param<A>(p.h, p.h_dtype, h0 + (n0 + i) * p.h_state_stride) : A(0);
-      decay[i] = in_state ? load_param<A>(p.A_log, p.A_dtype, d * p.A_dim_stride + (n0 + i) * p.A_state_stride) : A(0);
+      h[i] = decay[i] = b4[i] = c4[i] = A(0);
+      if (i >= count) continue;
+      h[i] = load_param<A>(p.h, p.h_dtype, h0 + (n0 + i) * p.h_state_stride);
+      decay[i] = load_param<A>(p.A_log, p.A_dtype, d * p.A_dim_stride + (n0 + i) * p.A_state_stride);
+      b4[i] = b[n0 + i];
+      c4[i] = c_row[n0 + i];
     }
 #pragma unroll
+    for (int i = 0; i < 4; ++i) decay[i] = scan::decay_of<A>(-exp_of(decay[i]));
+    sum = scan::step_states(h, decay, step, in, b4, c4, sum, count);
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (n0 + i >= p.state) continue;
-      const A a = -exp_of(decay[i]);
-      h[i] = exp2_of(exponent * a) * h[i] + in * b[n0 + i];
-      sum += c_row[n0 + i] * h[i];
-      if (real) store_state(p.h, p.h_dtype, h0 + (n0 + i) * p.h_state_stride, h[i]);
+      if (i < count && real) fastlm::cuda::store_param(p.h, p.h_dtype, h0 + (n0 + i) * p.h_state_stride, h[i]);
     }
   }
-  sum += __shfl_xor_sync(kFullWarp, sum, 1);
-  sum += __shfl_xor_sync(kFullWarp, sum, 2);
+  sum = scan::sum_lanes<4>(sum);
   if (c != 0 || !real) return;
-  sum += load_param<A>(p.D, p.D_dtype, d * p.D_stride) * u;
+  const A skip = load_param<A>(p.D, p.D_dtype, d * p.D_stride);
   const A z = to_acc(static_cast<const T*>(p.z)[token * p.z_stride + d]);
-  static_cast<T*>(p.y)[token * p.y_stride + d] = from_acc<T>(sum * (z * sigmoid(z)));
+  static_cast<T*>(p.y)[token * p.y_stride + d] = from_acc<T>(scan::step_output(sum, skip, u, true, z));
 }
 
 // The states and decays of a tile of channels come from memory while the products with low are under way: lane 4 g + c asks for
