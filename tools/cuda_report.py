@@ -399,6 +399,17 @@ runs: every path of a kernel is in them. Instances of float16 are left out: they
 """
 
 
+def compiled_objects(build: Path) -> list[Path]:
+    """The objects of the sources there are now: a build folder keeps those of deleted ones."""
+    commands = build / "compile_commands.json"
+    if not commands.exists():
+        return []
+    entries = json.loads(commands.read_text())
+    sources = [Path(e["file"]).resolve().relative_to(ROOT) for e in entries if e["file"].endswith(".cu")]
+    folder = build / "CMakeFiles" / "fastlm_cuda_kernels.dir"
+    return sorted({path for source in sources if (path := folder / f"{source}.o").exists()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -408,7 +419,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail where an expectation is not met")
     parser.add_argument("--json", type=Path, help="write everything that was found to this file")
     arguments = parser.parse_args()
-    objects = sorted((arguments.build / "CMakeFiles" / "fastlm_cuda_kernels.dir" / "csrc").rglob("*.cu.o"))
+    objects = compiled_objects(arguments.build)
     if not objects:
         sys.exit(f"{arguments.build} holds no compiled CUDA sources; run make cuda-check")
     # The one kernel of core/ only shows that CUTLASS compiles.

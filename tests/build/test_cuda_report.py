@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -123,3 +124,13 @@ def test_reads_a_compiled_object(report):
     kernels = report.read_object(path)
     assert {k.family for k in kernels} == {"causal_conv1d"}
     assert all(0 < k.registers <= 255 and k.total > 0 for k in kernels)
+
+
+def test_leaves_out_objects_of_deleted_sources(report, tmp_path):
+    folder = tmp_path / "CMakeFiles" / "fastlm_cuda_kernels.dir" / "csrc" / "core" / "cuda"
+    folder.mkdir(parents=True)
+    for name in ("launch.cu.o", "deleted.cu.o"):
+        (folder / name).write_bytes(b"")
+    entries = [{"file": str(ROOT / "csrc/core/cuda/launch.cu")}, {"file": str(ROOT / "csrc/schema.cpp")}]
+    (tmp_path / "compile_commands.json").write_text(json.dumps(entries))
+    assert report.compiled_objects(tmp_path) == [folder / "launch.cu.o"]
