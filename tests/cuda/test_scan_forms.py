@@ -36,8 +36,8 @@ def test_time_split(case, layout, device):
 
 
 def test_gradients_of_split_time(device):
-    inputs = scan_inputs(Draw("split", device), 1, 3, 1030, 4, layout="channel_last")
-    inputs["initial_state"] = torch.randn(1, 3, 4, device=device)
+    inputs = scan_inputs(Draw("split", device), 1, 24, 1030, 4, layout="channel_last")
+    inputs["initial_state"] = torch.randn(1, 24, 4, device=device)
     assert_gradients_match_reference(
         ops.selective_scan, reference.selective_scan, Call((), inputs), return_last_state=True
     )
