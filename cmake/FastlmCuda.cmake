@@ -53,7 +53,8 @@ else()
 endif()
 
 # nvcc never parses a torch header: the .cu files see csrc/core and their own folder only.
-add_library(fastlm_cuda_kernels OBJECT csrc/core/cuda/launch.cu csrc/core/cuda/tensor_map.cu csrc/ceilings/cuda.cu ${cuda_sources})
+add_library(fastlm_cuda_kernels OBJECT csrc/core/cuda/launch.cu csrc/core/cuda/tensor_map.cu csrc/core/cuda/gemm/gemm.cu
+  csrc/ceilings/cuda.cu ${cuda_sources})
 target_include_directories(fastlm_cuda_kernels PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
 if(CutlassHeaders_FOUND)
   target_include_directories(fastlm_cuda_kernels SYSTEM PRIVATE "${CutlassHeaders_INCLUDE_DIR}")

@@ -1,0 +1,23 @@
+// Products by the backend that was chosen; included by the .cu files that hold instances. A file for each epilogue and 16-bit
+// type keeps compile times short.
+#pragma once
+
+#include "core/cuda/gemm/fma.cuh"
+#include "core/cuda/gemm/gemm.h"
+
+namespace fastlm::cuda::gemm {
+
+// `backend` is what row_backend said of this product.
+template <class T, Layout kB, class Epilogue>
+cudaError_t row_product(Backend backend, const RowProduct& p, const Epilogue& epilogue, cudaStream_t stream) {
+  (void)backend;
+  return fma_row_product<T, kB>(p, epilogue, stream);
+}
+
+template <class T, class Epilogue>
+cudaError_t outer_product(Backend backend, const OuterProduct& p, const Epilogue& epilogue, cudaStream_t stream) {
+  (void)backend;
+  return fma_outer_product<T>(p, epilogue, stream);
+}
+
+}  // namespace fastlm::cuda::gemm

@@ -1,0 +1,39 @@
+"""The matrix products of csrc/core/cuda/gemm against plain loops, on the emulated device."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .test_emulated_device import ROOT, cuda_headers
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    headers, compiler = cuda_headers(), shutil.which("g++")
+    if headers is None or compiler is None:
+        pytest.skip("the CUDA headers or a C++ compiler are missing")
+    target = tmp_path_factory.mktemp("gemm") / "gemm"
+    sources = [ROOT / "tests/cuda/emulated_gemm.cpp", ROOT / "csrc/core/cuda/emulation/run.cpp"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-DFASTLM_EMULATE_CUDA",
+        "-I",
+        str(ROOT / "csrc"),
+        "-isystem",
+        str(headers),
+    ]
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(target)], check=True)
+    return target
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("backend", ["fma"])
+def test_products(program, backend, schedule):
+    env = {**os.environ, "FASTLM_EMULATED_SCHEDULE": str(schedule)}
+    done = subprocess.run([program, backend], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
