@@ -212,7 +212,7 @@ def gathered_experts(
     flat = topk_ids.flatten()
     order = flat.argsort(stable=True)
     back = torch.empty_like(order)
-    back[order] = torch.arange(T * k)
+    back[order] = torch.arange(T * k, device=flat.device)
     ends = _offsets(flat, len(gate_up_proj))[1:]
     gate, up = functional.grouped_mm(hidden_states[order // k], gate_up_proj.mT, offs=ends).chunk(2, -1)
     rows = functional.grouped_mm(functional.silu(gate) * up, down_proj.mT, offs=ends)

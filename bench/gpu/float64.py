@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .case import BACKWARD, Inputs, Results
+from .case import BACKWARD, FORWARD, Inputs, Results
 
 _SCAN_ELEMENTS = 1 << 26  # channels x positions x states of a piece: half a gigabyte each tensor
 _ALONG_CHANNELS = {"u": 1, "delta": 1, "z": 1, "A": 0, "D": 0, "delta_bias": 0}
@@ -127,3 +128,90 @@ def conv(inputs: Inputs, part: str, upstream: tuple[Tensor, ...], gradients: tup
             pieces.setdefault(name, []).append(t)
     along = {"out": 1, "dx": 1, "dweight": 0, "dbias": 0}
     return {name: torch.cat(parts, dim=along[name]) for name, parts in pieces.items()}
+
+
+def experts(inputs: Inputs, part: str, upstream: tuple[Tensor, ...], gradients: tuple[str, ...]) -> Results:
+    """Gated experts and the weighted sum, one expert at a time."""
+    x, ids = inputs["hidden_states"], inputs["topk_ids"]
+    exact = {"hidden_states": x.double(), "topk_weights": inputs["topk_weights"].double()}
+    backward = part == BACKWARD
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    found: Results = {f"d{name}": torch.zeros_like(exact[name]) for name in exact} if backward else {}
+    shared = {
+        name: torch.zeros_like(inputs[name], dtype=torch.float32) for name in ("gate_up_proj", "down_proj")
+    }
+    for e in range(len(inputs["down_proj"])):
+        token, pick = (ids == e).nonzero(as_tuple=True)
+        if len(token) == 0:
+            continue
+        leaves = [
+            exact["hidden_states"][token],
+            exact["topk_weights"][token, pick],
+            inputs["gate_up_proj"][e].double(),
+            inputs["down_proj"][e].double(),
+        ]
+        leaves = [t.detach().requires_grad_(backward) for t in leaves]
+        rows, weights, gate_up, down = leaves
+        with torch.set_grad_enabled(backward):
+            gate, up = functional.linear(rows, gate_up).chunk(2, -1)
+            y = functional.linear(functional.silu(gate) * up, down) * weights[:, None]
+        if not backward:
+            out.index_add_(0, token, y)
+            continue
+        drows, dweights, dgate_up, ddown = torch.autograd.grad(y, leaves, upstream[0][token].double())
+        found["dhidden_states"].index_add_(0, token, drows)
+        found["dtopk_weights"][token, pick] = dweights
+        shared["gate_up_proj"][e], shared["down_proj"][e] = dgate_up.float(), ddown.float()
+    if not backward:
+        return {"out": out.float()}
+    found |= {f"d{name}": t for name, t in shared.items()}
+    return {f"d{name}": found[f"d{name}"].float() for name in gradients}
+
+
+def grouped(inputs: Inputs, part: str, upstream: tuple[Tensor, ...]) -> Results:
+    """A grouped product, one group at a time."""
+    a, b = inputs["a"], inputs["b"]
+    ends = inputs["offsets"].tolist()
+    results: Results = {"out": torch.zeros(len(a), b.shape[1], device=a.device)}
+    if part == BACKWARD:
+        results = {
+            "da": torch.zeros_like(a, dtype=torch.float32),
+            "db": torch.zeros_like(b, dtype=torch.float32),
+        }
+    for e, (begin, end) in enumerate(pairwise(ends)):
+        rows, matrix = a[begin:end].double(), b[e].double()
+        if part != BACKWARD:
+            results["out"][begin:end] = (rows @ matrix.mT).float()
+            continue
+        dout = upstream[0][begin:end].double()
+        results["da"][begin:end], results["db"][e] = (dout @ matrix).float(), (dout.mT @ rows).float()
+    return results
+
+
+def head(inputs: Inputs, part: str, scale: Tensor | None, reduction: str) -> Results:
+    """Losses of a linear head, some tokens at a time.
+
+    `scale`: for "nll" the gradient of each loss, for "mean" which tokens count (None: all).
+    """
+    hidden, weight, labels = inputs["hidden"], inputs["weight"].double(), inputs["labels"]
+    counts = torch.ones_like(labels, dtype=torch.float64) if scale is None else scale.double()
+    factor = counts / counts.sum() if reduction == "mean" else counts
+    nll, dhidden = torch.empty_like(factor), torch.empty_like(hidden, dtype=torch.float32)
+    dweight = torch.zeros_like(weight) if part != FORWARD else None
+    for begin in range(0, len(labels), 1024):
+        piece = slice(begin, begin + 1024)
+        rows, wanted = hidden[piece].double(), labels[piece, None]
+        logits = rows @ weight.mT
+        lse = logits.logsumexp(-1, keepdim=True)
+        nll[piece] = (lse - logits.gather(-1, wanted))[:, 0]
+        if dweight is None:
+            continue
+        dlogits = logits.sub_(lse).exp_()
+        dlogits.scatter_add_(-1, wanted, torch.full_like(lse, -1.0))
+        dlogits *= factor[piece, None]
+        dhidden[piece] = (dlogits @ weight).float()
+        dweight += dlogits.mT @ rows
+    if dweight is None:
+        return {"nll": nll}
+    gradients = {"dhidden": dhidden, "dweight": dweight}
+    return gradients if part == BACKWARD else {"loss": (nll * factor).sum()} | gradients

@@ -23,9 +23,9 @@ TIMED, WRONG, BROKEN, UNAVAILABLE, LEFT_OUT = "timed", "wrong", "failed", "unava
 
 def items(settings: Settings) -> list[Item]:
     """All cases, in turns over the operators, each with its most important ones first."""
-    from . import cases_attention, cases_decode, cases_model, cases_scan
+    from . import cases_attention, cases_decode, cases_loss, cases_model, cases_moe, cases_scan
 
-    modules = (cases_scan, cases_attention, cases_decode, cases_model)
+    modules = (cases_scan, cases_attention, cases_moe, cases_loss, cases_decode, cases_model)
     by_operator: dict[str, list[GpuCase]] = {}
     for case in (case for module in modules for case in module.cases(tiny=settings.tiny)):
         by_operator.setdefault(case.name.split("/")[0], []).append(case)

@@ -33,6 +33,9 @@ _NAMES = {
     "flash_attn": "flash_attn",
     "flash_attn_interface": "flash_attn_interface",
     "fla": "fla",
+    "liger_kernel": "liger_kernel.transformers",
+    "cut_cross_entropy": "cut_cross_entropy",
+    "scattermoe": "scattermoe",
     "triton": "triton",
 }
 

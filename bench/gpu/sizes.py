@@ -35,6 +35,9 @@ def samples(op: str, *, tiny: bool = False) -> list[Any]:
         "sliding_window_attention": _attention,
         "sliding_window_attention_update": _attention_update,
         "samba_decode_step": _decode_step,
+        "grouped_gemm": _products,
+        "moe_experts": _experts,
+        "linear_nll": _nll,
     }
     if op == "scan_swa":
         found = _scan_swa(recipes)
@@ -230,3 +233,62 @@ def _scan_swa(recipes: dict[str, Any]) -> Named:
     both = support().scan_swa.side_by_side
     for scan, attention in pairs:
         yield f"{scan}__{attention}", partial(both, scans[scan], attentions[attention])
+
+
+_GROUPS = {
+    "edges": (1, 0, 127, 128, 129, 64, 255, 0, 257),
+    "one_large": (700,),
+    "skewed": (0, 0, 530, 1, 0, 3),
+    "few_each": (1, 2, 0, 3, 1, 8, 16, 17),
+}
+
+
+def _products(recipes: dict[str, Any]) -> Named:
+    base = recipes["plain"]
+    for name, groups in _GROUPS.items():
+        for word, dtype in DTYPES.items():
+            for trans_b in (True, False):
+                sizes = {"groups": groups, "depth": 136, "columns": 264, "rest": 5, "dtype": dtype}
+                yield f"{name}_{word}_{trans_b}", partial(base, trans_b=trans_b, **sizes)
+    for depth in (1, 8, 31, 63, 64, 65, 128, 200):
+        for columns in (1, 8, 129, 256, 257):
+            sizes = {"groups": (3, 130, 0, 70), "depth": depth, "columns": columns, "dtype": torch.bfloat16}
+            yield f"Kd{depth}_N{columns}", partial(base, **sizes)
+
+
+def _experts(recipes: dict[str, Any]) -> Named:
+    base = recipes["plain"]
+    for tokens in (1, 5, 64, 127, 129, 400):
+        for word, dtype in DTYPES.items():
+            sizes = {"tokens": tokens, "experts": 6, "size": 136, "inner": 200, "dtype": dtype}
+            yield f"T{tokens}_{word}", partial(base, **sizes)
+    for size, inner in ((1, 1), (8, 128), (64, 129), (136, 264), (67, 33)):
+        sizes = {"tokens": 150, "size": size, "inner": inner, "dtype": torch.bfloat16, "bias": True}
+        yield f"h{size}_I{inner}", partial(base, **sizes)
+    for routing in ("one_pair", "few", "some_left_out", "none", "twice"):
+        sizes = {"tokens": 300, "experts": 9, "size": 72, "inner": 136, "dtype": torch.bfloat16}
+        yield f"routing_{routing}", partial(base, routing=routing, bias=True, grad_weights=True, **sizes)
+    for activation in ("silu", "gelu_tanh", "relu", "relu2"):
+        for gated in (True, False):
+            sizes = {"tokens": 150, "size": 72, "inner": 136, "dtype": torch.bfloat16, "gated": gated}
+            yield f"{activation}_{gated}", partial(base, activation=activation, **sizes)
+    yield (
+        "transposed",
+        partial(base, tokens=150, size=72, inner=136, dtype=torch.bfloat16, transposed=True),
+    )
+    yield "many_experts", partial(base, tokens=200, experts=130, top_k=8, size=72, inner=40)
+
+
+def _nll(recipes: dict[str, Any]) -> Named:
+    base = recipes["plain"]
+    for tokens in LENGTHS:
+        for word, dtype in DTYPES.items():
+            yield f"T{tokens}_{word}", partial(base, tokens, 520, 72, dtype=dtype)
+    for vocab in (1, 8, 63, 255, 256, 257, 4095, 4097, 9000):
+        for word in ("fp32", "bf16"):
+            sizes = {"dtype": DTYPES[word], "bias": True, "return_entropy": True}
+            yield f"V{vocab}_{word}", partial(base, 70, vocab, 40, **sizes)
+    for hidden in (1, 31, 64, 65, 264):
+        yield f"h{hidden}", partial(base, 130, 300, hidden, dtype=torch.bfloat16, softcap=5.0)
+    for ignored in ("some", "all", "none"):
+        yield f"ignored_{ignored}", partial(base, 600, 300, 64, dtype=torch.bfloat16, ignored=ignored)
