@@ -177,6 +177,7 @@ void all_cases(Backend backend, const char* dtype) {
       {"ragged", {3, 0, 129, 64, 0, 17}, 0, 0, 136, 72, 8, false, false},
       {"rows outside of groups", {5, 0, 20}, 3, 9, 264, 88, 8, false, false},
       {"deep", {33, 150}, 0, 1, 40, 200, 0, false, false},
+      {"more steps than stages", {150, 0, 140}, 1, 2, 264, 328, 0, false, false},
       {"unaligned", {7, 131}, 1, 2, 67, 37, 3, false, false},
       {"picked rows", {9, 60, 0, 5}, 0, 4, 80, 48, 0, true, false},
       {"counted", {70}, 0, 190, 96, 64, 8, false, true},

@@ -16,7 +16,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if headers is None or compiler is None:
         pytest.skip("the CUDA headers or a C++ compiler are missing")
     target = tmp_path_factory.mktemp("gemm") / "gemm"
-    sources = [ROOT / "tests/cuda/emulated_gemm.cpp", ROOT / "csrc/core/cuda/emulation/run.cpp"]
+    sources = [
+        "tests/cuda/emulated_gemm.cpp",
+        "csrc/core/cuda/emulation/run.cpp",
+        "csrc/core/cuda/tensor_map.cu",
+        "csrc/core/cuda/gemm/gemm.cu",
+    ]
     flags = [
         "-std=c++20",
         "-O1",
@@ -26,14 +31,26 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(ROOT / "csrc"),
         "-isystem",
         str(headers),
+        "-x",
+        "c++",
     ]
-    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(target)], check=True)
+    subprocess.run([compiler, *flags, *(str(ROOT / s) for s in sources), "-o", str(target)], check=True)
     return target
 
 
-@pytest.mark.parametrize("schedule", [0, 1, 2])
-@pytest.mark.parametrize("backend", ["fma"])
-def test_products(program, backend, schedule):
+def _run(program: Path, backend: str, schedule: int) -> None:
     env = {**os.environ, "FASTLM_EMULATED_SCHEDULE": str(schedule)}
     done = subprocess.run([program, backend], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("backend", ["fma", "hopper"])
+def test_products(program, backend, schedule):
+    _run(program, backend, schedule)
+
+
+@pytest.mark.parametrize("warp", [0, 4, 7, 8, 11])
+def test_products_with_a_slow_warp(program, warp):
+    """The producer, or a warp of either consumer, lags behind all others."""
+    _run(program, "hopper", 10 + warp)

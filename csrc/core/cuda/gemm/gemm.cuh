@@ -4,18 +4,33 @@
 
 #include "core/cuda/gemm/fma.cuh"
 #include "core/cuda/gemm/gemm.h"
+#include "core/cuda/gemm/hopper_host.h"
+
+#ifdef FASTLM_HOPPER_KERNELS
+#include "core/cuda/gemm/hopper.cuh"
+#endif
 
 namespace fastlm::cuda::gemm {
 
 // `backend` is what row_backend said of this product.
 template <class T, Layout kB, class Epilogue>
 cudaError_t row_product(Backend backend, const RowProduct& p, const Epilogue& epilogue, cudaStream_t stream) {
+#ifdef FASTLM_HOPPER_KERNELS
+  if constexpr (sizeof(T) == 2) {
+    if (backend == Backend::kHopper) return hopper_row_product<T, kB>(p, epilogue, stream);
+  }
+#endif
   (void)backend;
   return fma_row_product<T, kB>(p, epilogue, stream);
 }
 
 template <class T, class Epilogue>
 cudaError_t outer_product(Backend backend, const OuterProduct& p, const Epilogue& epilogue, cudaStream_t stream) {
+#ifdef FASTLM_HOPPER_KERNELS
+  if constexpr (sizeof(T) == 2) {
+    if (backend == Backend::kHopper) return hopper_outer_product<T>(p, epilogue, stream);
+  }
+#endif
   (void)backend;
   return fma_outer_product<T>(p, epilogue, stream);
 }

@@ -1,0 +1,259 @@
+// Products on sm_90a: tiles of 128 rows x 256 columns (of two parts: 128 of each), whose operands tile copies (TMA) bring to a
+// ring of four stages of 64 steps of depth, and wgmma multiplies from there. A block stays and takes one tile after another. Its
+// first warpgroup is the producer: one thread walks over the tiles and copies, into the next tile while the sums of the last one
+// are still being written. Two consumer warpgroups hold 64 rows x 256 columns of sums each.
+//
+// What lies outside of a tensor is copied as zeros. Other rows or columns that a tile does not own (of the next group, of the
+// second part) only reach sums of their own, which nobody reads; but the depth of an outer product is rows, and where the last
+// step holds rows of others, consumers put zeros in their place in both operands: what is there may be NaN.
+#pragma once
+
+#include "core/cuda/gemm/hopper_host.h"
+#include "core/cuda/gemm/slab.cuh"
+#include "core/cuda/gemm/tiles.cuh"
+#include "core/cuda/hopper.cuh"
+#include "core/cuda/launch.h"
+
+namespace fastlm::cuda::gemm {
+
+struct HopperShape {
+  static constexpr int kRows = kHopperRows, kColumns = 256, kDepth = kHopperDepth, kStages = 4;
+  static constexpr int kThreads = 384, kConsumers = 256, kConsumerWarps = 8;
+  static constexpr int kABytes = kRows * kDepth * 2, kBBytes = kColumns * kDepth * 2, kStageBytes = kABytes + kBBytes;
+  static constexpr int kSharedBytes = kStages * (kStageBytes + 2 * 8 + static_cast<int>(sizeof(Tile)));
+};
+
+// A stage holds 64 steps of A, then of B. By depth (K-major): rows of 64 steps, one for each row or column of the tile. By width
+// (MN-major): panels of 64 rows or columns, whose rows are the steps.
+struct HopperShared {
+  using S = HopperShape;
+  char* stages;
+  Mbarrier *full, *empty;
+  Tile* tiles;  // by stage: the tile whose first step lies there
+
+  __device__ __forceinline__ explicit HopperShared(char* shared) {
+    stages = shared;
+    full = reinterpret_cast<Mbarrier*>(stages + S::kStages * S::kStageBytes);
+    empty = full + S::kStages;
+    tiles = reinterpret_cast<Tile*>(empty + S::kStages);
+  }
+  __device__ __forceinline__ char* a(int stage) const { return stages + stage * S::kStageBytes; }
+  __device__ __forceinline__ char* b(int stage) const { return a(stage) + S::kABytes; }
+
+  // By one thread; a barrier of the block must follow.
+  __device__ __forceinline__ void open() const {
+    for (int i = 0; i < S::kStages; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, S::kConsumerWarps);
+    }
+    mbarrier_fence_init();
+  }
+};
+
+struct HopperRing {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void step() {
+    if (++stage == HopperShape::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct HopperOperands {
+  TensorMap a, b;
+  int32_t b_group;  // 1: B has a matrix for each group; 0: one for all
+};
+
+// Steps of a tile. One for a group without rows: it is filled with zeros.
+__device__ __forceinline__ int steps_of(const Tile& tile) {
+  const auto depth = static_cast<int>(tile.depth.end - tile.depth.begin);
+  return depth > 0 ? (depth + HopperShape::kDepth - 1) / HopperShape::kDepth : 1;
+}
+
+// One operand's step: kLines lines (rows or columns of the tile) in boxes of kBox. `line_of(i)`: where line i lies in the tensor.
+template <Layout kLayout, int kLines, int kBox, class LineOf>
+__device__ __forceinline__ void copy_operand(char* to, const TensorMap& map, Mbarrier* full, const LineOf& line_of, int depth,
+                                             int group) {
+#pragma unroll
+  for (int i = 0; i < kLines; i += kBox) {
+    char* const box = to + i * HopperShape::kDepth * 2;
+    if constexpr (kLayout == Layout::kDepth) {
+      load_tile(box, map, full, depth, line_of(i), group, 0);
+    } else {
+      load_tile(box, map, full, line_of(i), depth, group, 0);
+    }
+  }
+}
+
+// By one thread. `k`: depth of a row product.
+template <Layout kA, Layout kB, int kParts, class Tiles>
+__device__ __forceinline__ void hopper_producer(Tiles& tiles, const HopperOperands& operands, const HopperShared& shared,
+                                                int64_t n, int64_t k) {
+  using S = HopperShape;
+  constexpr int kHalf = S::kColumns / 2;
+  constexpr int kBoxA = kA == Layout::kDepth ? S::kRows : 64, kBoxB = kB == Layout::kDepth ? kHalf : 64;
+  HopperRing ring;
+  Tile tile;
+  while (tiles.next(tile)) {
+    if constexpr (kA == Layout::kDepth) tile.depth = {0, k};
+    const auto row = static_cast<int>(tile.row), column = static_cast<int>(tile.column);
+    const int second = kParts == 1 ? column + kHalf : static_cast<int>(n) + column;
+    const int group = static_cast<int>(tile.group) * operands.b_group;
+    const auto row_of = [&](int i) { return row + i; };
+    const auto column_of = [&](int i) { return i < kHalf ? column + i : second + i - kHalf; };
+    const int steps = steps_of(tile);
+    for (int i = 0; i < steps; ++i) {
+      mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+      if (i == 0) shared.tiles[ring.stage] = tile;
+      Mbarrier* const full = shared.full + ring.stage;
+      mbarrier_arrive_expect(full, S::kStageBytes);
+      const int depth = static_cast<int>(tile.depth.begin) + i * S::kDepth;
+      copy_operand<kA, S::kRows, kBoxA>(shared.a(ring.stage), operands.a, full, row_of, depth, 0);
+      copy_operand<kB, S::kColumns, kBoxB>(shared.b(ring.stage), operands.b, full, column_of, depth, group);
+      ring.step();
+    }
+  }
+  mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+  shared.tiles[ring.stage].group = -1;
+  mbarrier_arrive(shared.full + ring.stage);
+}
+
+// Zeros instead of steps `from` and later of a stage, all of whose panels are MN-major; by all consumers.
+__device__ __forceinline__ void drop_steps(char* stage, int from, int thread) {
+  using S = HopperShape;
+  constexpr int kPanels = (S::kRows + S::kColumns) / 64, kPieces = 8;
+  for (int i = from * kPieces + thread; i < S::kDepth * kPieces; i += S::kConsumers) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      *reinterpret_cast<uint4*>(stage + panel * S::kDepth * 128 + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  fence_async_shared();
+  sync_named(1, S::kConsumers);
+}
+
+// By the 128 threads of consumer warpgroup 0 or 1.
+template <class T, Layout kA, Layout kB, class Epilogue>
+__device__ __forceinline__ void hopper_consumer(const HopperShared& shared, int warpgroup, int thread, int64_t n,
+                                                const Epilogue& epilogue) {
+  using S = HopperShape;
+  constexpr Major kMajorA = kA == Layout::kDepth ? Major::kK : Major::kMN;
+  constexpr Major kMajorB = kB == Layout::kDepth ? Major::kK : Major::kMN;
+  constexpr int kPanelBytes = S::kDepth * 128;  // 64 rows by depth, or 64 steps by width
+  const int warp = __shfl_sync(kFullWarp, thread / 32, 0), lane = thread % 32;
+  const uint64_t a_operand = swizzled_operand(shared.a(0) + warpgroup * kPanelBytes, kPanelBytes, 1024);
+  const uint64_t b_operand = swizzled_operand(shared.b(0), kPanelBytes, 1024);
+  const auto release = [&](int stage) {
+    if (lane == 0) mbarrier_arrive(shared.empty + stage);
+  };
+  HopperRing ring;
+  while (true) {
+    mbarrier_wait(shared.full + ring.stage, ring.parity);
+    const Tile tile = shared.tiles[ring.stage];
+    __syncwarp();  // before one of them gives the stage back
+    if (tile.group < 0) break;
+    const int steps = steps_of(tile);
+    int before = 0;
+    float d[S::kColumns / 2];
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      if (i > 0) mbarrier_wait(shared.full + ring.stage, ring.parity);
+      if constexpr (kA == Layout::kWidth) {
+        const auto left = static_cast<int>(tile.depth.end - tile.depth.begin) - i * S::kDepth;
+        if (left < S::kDepth) drop_steps(shared.a(ring.stage), left, warpgroup * 128 + thread);
+      }
+      const uint64_t a = operand_at(a_operand, ring.stage * S::kStageBytes);
+      const uint64_t b = operand_at(b_operand, ring.stage * S::kStageBytes);
+      hold_registers(d);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < S::kDepth / 16; ++j) {
+        wgmma<T, S::kColumns, kMajorA, kMajorB>(d, operand_at(a, j * (kMajorA == Major::kK ? 32 : 2048)),
+                                                operand_at(b, j * (kMajorB == Major::kK ? 32 : 2048)), i > 0 || j > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (i > 0) release(before);
+      before = ring.stage;
+      ring.step();
+    }
+    wgmma_wait<0>();
+    hold_registers(d);
+    release(before);
+    const Slab slab{tile.group, tile.row + warpgroup * 64 + warp * 16, tile.row_end, tile.column, n, lane};
+    if (slab.row < slab.row_end) epilogue(slab, d);
+  }
+}
+
+template <class T, Layout kA, Layout kB, class Epilogue, class Tiles>
+__device__ __forceinline__ void hopper_product(Tiles& tiles, const HopperOperands& operands, int64_t n, int64_t k,
+                                               const Epilogue& epilogue) {
+  const HopperShared shared(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x), warpgroup = __shfl_sync(kFullWarp, thread / 128, 0);
+  if (thread == 0) {
+    prefetch_map(operands.a);
+    prefetch_map(operands.b);
+    shared.open();
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    give_registers<40>();
+    if (thread == 0) hopper_producer<kA, kB, Epilogue::kParts>(tiles, operands, shared, n, k);
+  } else {
+    take_registers<232>();
+    hopper_consumer<T, kA, kB>(shared, warpgroup - 1, thread % 128, n, epilogue);
+  }
+}
+
+template <class T, Layout kB, class Epilogue>
+__global__ void __launch_bounds__(HopperShape::kThreads, 1)
+    hopper_row_kernel(const __grid_constant__ RowProduct p, const __grid_constant__ HopperOperands operands,
+                      const __grid_constant__ Epilogue epilogue) {
+#if FASTLM_HOPPER_BODY
+  RowTiles<HopperShape::kRows, HopperShape::kColumns / Epilogue::kParts> tiles(p.rows, p.n, blockIdx.x, gridDim.x);
+  hopper_product<T, Layout::kDepth, kB>(tiles, operands, p.n, p.k, epilogue);
+#endif
+}
+
+template <class T, class Epilogue>
+__global__ void __launch_bounds__(HopperShape::kThreads, 1)
+    hopper_outer_kernel(const __grid_constant__ OuterProduct p, const __grid_constant__ HopperOperands operands,
+                        const __grid_constant__ Epilogue epilogue) {
+  static_assert(Epilogue::kParts == 1);
+#if FASTLM_HOPPER_BODY
+  OuterTiles<HopperShape::kRows, HopperShape::kColumns> tiles(p.rows, p.m, p.n, blockIdx.x, gridDim.x);
+  hopper_product<T, Layout::kWidth, Layout::kWidth>(tiles, operands, p.n, 0, epilogue);
+#endif
+}
+
+// Only for products that hopper_applies said yes to.
+template <class T, Layout kB, class Epilogue>
+cudaError_t hopper_row_product(const RowProduct& p, const Epilogue& epilogue, cudaStream_t stream) {
+  using S = HopperShape;
+  const int64_t tiles = most_row_tiles(p.rows, p.n, S::kRows, S::kColumns / Epilogue::kParts);
+  if (tiles == 0) return cudaSuccess;
+  HopperOperands operands{{}, {}, p.b.group_stride != 0};
+  cudaError_t status = make_tensor_map(operands.a, DTypeOf<T>::value, left_shape(p));
+  if (status != cudaSuccess) return status;
+  status = make_tensor_map(operands.b, DTypeOf<T>::value, right_shape(p, kB, Epilogue::kParts, S::kColumns / 2));
+  if (status != cudaSuccess) return status;
+  return launch<hopper_row_kernel<T, kB, Epilogue>>(dim3(limited(tiles, current_device().num_sms)), S::kThreads, S::kSharedBytes,
+                                                    stream, p, operands, epilogue);
+}
+
+template <class T, class Epilogue>
+cudaError_t hopper_outer_product(const OuterProduct& p, const Epilogue& epilogue, cudaStream_t stream) {
+  using S = HopperShape;
+  const int64_t tiles = ((p.m + S::kRows - 1) / S::kRows) * ((p.n + S::kColumns - 1) / S::kColumns) * p.rows.groups;
+  if (tiles == 0) return cudaSuccess;
+  HopperOperands operands{{}, {}, 0};
+  cudaError_t status = make_tensor_map(operands.a, DTypeOf<T>::value, outer_shape(p, p.a, p.m));
+  if (status != cudaSuccess) return status;
+  status = make_tensor_map(operands.b, DTypeOf<T>::value, outer_shape(p, p.b, p.n));
+  if (status != cudaSuccess) return status;
+  return launch<hopper_outer_kernel<T, Epilogue>>(dim3(limited(tiles, current_device().num_sms)), S::kThreads, S::kSharedBytes,
+                                                  stream, p, operands, epilogue);
+}
+
+}  // namespace fastlm::cuda::gemm
