@@ -13,92 +13,10 @@
 #pragma once
 
 #include "ops/selective_scan/cuda/forward_scan.cuh"
+#include "ops/selective_scan/cuda/forward_sides.cuh"
+#include "ops/selective_scan/cuda/forward_states.cuh"
 
 namespace fastlm::selective_scan::cuda {
-
-// Steps (dt, dt u) of a tile, B and C in fp32. Past `steps` all is 0: the state stays as it is there.
-template <class Shape>
-__device__ __forceinline__ void prepare_tile(const Team<128>& team, const ForwardCall& call, const Stretch& s, int steps,
-                                             const char* raw, typename Shape::A* pairs, typename Shape::A* B,
-                                             typename Shape::A* C) {
-  using T = typename Shape::T;
-  using A = typename Shape::A;
-  const ForwardParams& p = call.p;
-  constexpr int kBytes = Shape::Channels::kBytes;
-  const Staged<T, Shape::kSteps, Shape::kChannels> u(raw, call.order.u), delta(raw + kBytes, call.order.delta);
-  const int channel = team.thread % Shape::kChannels;
-  const A bias = channel < s.channels ? fastlm::cuda::load_param<A>(p.delta_bias.data, p.delta_bias.dtype,
-                                                                    (s.channel + channel) * p.delta_bias.dim_stride)
-                                      : A(0);
-#pragma unroll 2
-  for (int t = team.thread / Shape::kChannels; t < Shape::kSteps; t += Shape::kThreads / Shape::kChannels) {
-    A dt = delta.at(t, channel) + bias;
-    if (p.delta_softplus) dt = softplus<sizeof(T) != 2>(dt);
-    if (t >= steps) dt = A(0);
-    A* pair = pairs + (t * Shape::kChannels + channel) * 2;
-    pair[0] = dt;
-    pair[1] = dt * u.at(t, channel);
-  }
-  const Staged<T, Shape::kSteps, Shape::kStates> b(raw + 3 * kBytes, call.order.B),
-      c(raw + 3 * kBytes + Shape::States::kBytes, call.order.C);
-#pragma unroll 2
-  for (int i = team.thread; i < Shape::kSteps * Shape::kStates; i += Shape::kThreads) {
-    const int t = i / Shape::kStates, n = i % Shape::kStates;
-    if (!p.B.constant) B[i] = b.at(t, n);
-    if (!p.C.constant && !call.ends_only) C[i] = c.at(t, n);
-  }
-}
-
-// Skip connection, gate and store.
-template <class Shape>
-__device__ __forceinline__ void store_tile(const Team<128>& team, const ForwardCall& call, const Stretch& s, int64_t t0,
-                                           int steps, const char* raw, const typename Shape::A* sums) {
-  using T = typename Shape::T;
-  using A = typename Shape::A;
-  const ForwardParams& p = call.p;
-  constexpr int kBytes = Shape::Channels::kBytes, kVector = 16 / static_cast<int>(sizeof(T));
-  const Staged<T, Shape::kSteps, Shape::kChannels> u(raw, call.order.u), z(raw + 2 * kBytes, call.order.z);
-  T* out =
-      static_cast<T*>(p.out.data) + s.sequence.batch * p.out.batch_stride + s.channel * p.out.dim_stride + t0 * p.out.seq_stride;
-  const bool gated = p.z.data != nullptr;
-  const auto value = [&](int t, int channel, A skip) {
-    A y = fastlm::cuda::multiply_add(skip, u.at(t, channel), sums[t * Shape::kSumStride + channel]);
-    if (gated) y *= silu(z.at(t, channel));
-    return fastlm::cuda::from_acc<T>(y);
-  };
-  const auto skip_of = [&](int channel) {
-    return channel < s.channels ? fastlm::cuda::load_param<A>(p.D.data, p.D.dtype, (s.channel + channel) * p.D.dim_stride) : A(0);
-  };
-  if constexpr (Shape::kChannels % kVector == 0) {
-    const bool wide = call.order.out == Order::kRows && s.channels % kVector == 0 &&
-                      (reinterpret_cast<uintptr_t>(out) | p.out.seq_stride * sizeof(T)) % 16 == 0;
-    if (wide) {
-      constexpr int kPieces = Shape::kChannels / kVector;
-      const int first = team.thread % kPieces * kVector;
-      A skip[kVector];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) skip[i] = skip_of(first + i);
-#pragma unroll 1
-      for (int t = team.thread / kPieces; t < steps; t += Shape::kThreads / kPieces) {
-        if (first >= s.channels) break;
-        alignas(16) T piece[kVector];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) piece[i] = value(t, first + i, skip[i]);
-        *reinterpret_cast<uint4*>(out + t * p.out.seq_stride + first) = *reinterpret_cast<const uint4*>(piece);
-      }
-      return;
-    }
-  }
-  const bool by_columns = call.order.out == Order::kColumns;
-#pragma unroll 1
-  for (int i = team.thread; i < Shape::kSteps * Shape::kChannels; i += Shape::kThreads) {
-    const int t = by_columns ? i % Shape::kSteps : i / Shape::kChannels;
-    const int channel = by_columns ? i / Shape::kSteps : i % Shape::kChannels;
-    if (t < steps && channel < s.channels) {
-      out[t * p.out.seq_stride + channel * p.out.dim_stride] = value(t, channel, skip_of(channel));
-    }
-  }
-}
 
 // One stretch of one block of channels. Shared: Shape::kSharedBytes, aligned to 16.
 template <class Shape, bool kEnds = false>
@@ -113,30 +31,12 @@ __device__ void forward_tile(const Team<128>& team, const ForwardCall& call, int
   A* B = reinterpret_cast<A*>(shared + Shape::kStages * Shape::kRawBytes + Shape::kStepBytes);
   A* C = B + Shape::kSteps * Shape::kStates;
   A* sums = C + Shape::kSteps * Shape::kStates;
+  A* params = sums + Shape::kSumBytes / static_cast<int>(sizeof(A));
+  load_channel_params<Shape>(team, call, s, params);
 
-  const int channel = team.thread / Shape::kLanes, lane = team.thread % Shape::kLanes;
-  const bool real = channel < s.channels;
-  const int64_t d = s.channel + channel;
+  const int channel = Shape::channel_of(team.thread), lane = Shape::lane_of(team.thread);
   A decay[kPer], h[kPer];
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    const int64_t n = lane * kPer + i;
-    const bool there = real && n < p.state;
-    // Rounded once: the error is that of every exponent of the channel.
-    decay[i] = there ? static_cast<A>(kLog2e * fastlm::cuda::load_param<double>(p.A.data, p.A.dtype,
-                                                                                d * p.A.dim_stride + n * p.A.state_stride))
-                     : A(0);
-    h[i] = A(0);
-    if constexpr (!kEnds) {
-      if (there && call.split.begin_states != nullptr) {
-        h[i] = static_cast<const A*>(call.split.begin_states)[(s.slot * p.state + n) * p.dim + d];
-      } else if (there && p.initial_state != nullptr) {
-        h[i] = fastlm::cuda::load_param<A>(
-            p.initial_state, p.initial_dtype,
-            s.number * p.initial_batch_stride + d * p.initial_dim_stride + n * p.initial_state_stride);
-      }
-    }
-  }
+  first_states<Shape, kEnds>(call, s, channel, lane, decay, h);
   const bool plain = !p.B.constant && !p.C.constant && (kEnds || p.all_states == nullptr);
 
   TileMovers<Shape> movers(call, s, team.thread);
@@ -160,7 +60,7 @@ __device__ void forward_tile(const Team<128>& team, const ForwardCall& call, int
     fetch(t0 + (Shape::kStages - 1) * Shape::kSteps, shared + ahead * Shape::kRawBytes);
     fastlm::cuda::wait_copies<Shape::kStages - 1>();
     team.sync();
-    prepare_tile<Shape>(team, call, s, steps, raw, pairs, B, C);
+    prepare_tile<Shape>(team, call, steps, raw, params, pairs, B, C);
     team.sync();
     if constexpr (!kEnds && Shape::kAhead) {
       if (plain) {
@@ -177,34 +77,19 @@ __device__ void forward_tile(const Team<128>& team, const ForwardCall& call, int
       for (int t = 0; t < steps; ++t) total += pairs[(t * Shape::kChannels + channel) * 2];
       team.sync();  // nobody reads the pairs any more
     } else {
-      const int64_t done = t0 + steps - s.sequence.begin;
-      if (done % kChunk == 0 && real) {
-        A* chunk = static_cast<A*>(p.chunk_states) + (s.sequence.chunk_begin + done / kChunk - 1) * p.state * p.dim + d;
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) {
-          if (lane * kPer + i < p.state) chunk[(lane * kPer + i) * p.dim] = h[i];
-        }
-      }
+      keep_chunk<Shape>(call, s, t0 + steps, channel, lane, h);
       team.sync();
-      store_tile<Shape>(team, call, s, t0, steps, raw, sums);
+      store_tile<Shape>(team, call, s, t0, steps, raw, params, sums);
       team.sync();  // the next tile's copies may write over this one
     }
     if (++stage == Shape::kStages) stage = 0;
   }
   fastlm::cuda::wait_copies<0>();
 
-  if (!real) return;
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    const int64_t n = lane * kPer + i;
-    if (n >= p.state) continue;
-    if constexpr (kEnds) {
-      const int64_t at = (s.slot * p.state + n) * p.dim + d;
-      static_cast<A*>(call.split.end_states)[at] = h[i];
-      static_cast<A*>(call.split.decays)[at] = power_of_two(decay[i] * total);
-    } else if (s.end == s.sequence.end) {
-      static_cast<A*>(p.last_state)[(s.number * p.dim + d) * p.state + n] = h[i];
-    }
+  if constexpr (kEnds) {
+    part_states<Shape>(call, s, channel, lane, decay, total, h);
+  } else {
+    last_states<Shape>(call, s, channel, lane, h);
   }
 }
 

@@ -6,15 +6,16 @@
 
 namespace fastlm::selective_scan::cuda {
 
-// Sums over the lanes of a channel of four values, one for each of four steps; lane l gets the one of step l % 4.
-template <int kLanes, class A>
+// Sums over the lanes of a channel (kStride threads apart) of four values, one for each of four steps; lane l gets the one of
+// step l % 4.
+template <int kLanes, int kStride, class A>
 __device__ __forceinline__ A sum_over_lanes(const A (&y)[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;
-  const A first = (odd ? y[1] : y[0]) + __shfl_xor_sync(kFullWarp, odd ? y[0] : y[1], 1);
-  const A second = (odd ? y[3] : y[2]) + __shfl_xor_sync(kFullWarp, odd ? y[2] : y[3], 1);
-  A sum = (high ? second : first) + __shfl_xor_sync(kFullWarp, high ? first : second, 2);
+  const A first = (odd ? y[1] : y[0]) + __shfl_xor_sync(kFullWarp, odd ? y[0] : y[1], kStride);
+  const A second = (odd ? y[3] : y[2]) + __shfl_xor_sync(kFullWarp, odd ? y[2] : y[3], kStride);
+  A sum = (high ? second : first) + __shfl_xor_sync(kFullWarp, high ? first : second, 2 * kStride);
 #pragma unroll
-  for (int distance = 4; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance);
+  for (int distance = 4; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance * kStride);
   return sum;
 }
 
@@ -103,34 +104,35 @@ __device__ __forceinline__ void scan_tile(const ForwardCall& call, const Stretch
       }
     }
     if constexpr (!kEnds) {
-      const A sum = sum_over_lanes<Shape::kLanes>(y, lane);
+      const A sum = sum_over_lanes<Shape::kLanes, Shape::kLaneStride>(y, lane);
       if (lane < 4) sums[(t4 + lane) * Shape::kSumStride + channel] = sum;
     }
   }
 }
 
 // The same for B and C per position, ordered so that nothing waits: steps are read two groups of four positions ahead,
-// exponentials and inputs formed one group ahead, and the recurrence and its sums take what is there.
+// exponentials and inputs formed one group ahead, and the recurrence and its sums take what is there. Pointers are those of this
+// lane at the first position of a group.
 template <class Shape>
 struct ScanAhead {
   using A = typename Shape::A;
   static constexpr int kPer = Shape::kPer;
-  const A *pair, *b_row, *c_row;
+  static constexpr int kPairGroup = 4 * Shape::kChannels * 2, kStateGroup = 4 * Shape::kStates, kSumGroup = 4 * Shape::kSumStride;
   const A (&decay)[kPer];
   A dt[4], dtu[4], a[4][kPer], input[4][kPer];
 
-  __device__ __forceinline__ void read_steps(int t4) {
+  __device__ __forceinline__ void read_steps(const A* pair) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      dt[j] = pair[(t4 + j) * Shape::kChannels * 2];
-      dtu[j] = pair[(t4 + j) * Shape::kChannels * 2 + 1];
+      dt[j] = pair[j * Shape::kChannels * 2];
+      dtu[j] = pair[j * Shape::kChannels * 2 + 1];
     }
   }
-  __device__ __forceinline__ void form(int t4, A (&a_to)[4][kPer], A (&input_to)[4][kPer]) const {
+  __device__ __forceinline__ void form(const A* b_row, A (&a_to)[4][kPer], A (&input_to)[4][kPer]) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       A b[kPer];
-      load_states<kPer>(b, b_row + (t4 + j) * Shape::kStates);
+      load_states<kPer>(b, b_row + j * Shape::kStates);
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
         a_to[j][i] = decay_of(dt[j] * decay[i], i);
@@ -138,14 +140,21 @@ struct ScanAhead {
       }
     }
   }
+  // What comes before the first group: its inputs and the steps of the second.
+  __device__ __forceinline__ void begin(const A* pair, const A* b_row) {
+    read_steps(pair);
+    form(b_row, a, input);
+    read_steps(pair + kPairGroup % (Shape::kSteps * Shape::kChannels * 2));
+  }
+  // A group; forms the next one, whose B is at b_next, and reads the steps of the one after that.
   template <bool kMore>
-  __device__ __forceinline__ A advance(int t4, int lane, A (&h)[kPer]) {
+  __device__ __forceinline__ A advance(const A* c_row, const A* b_next, const A* pair_after, int lane, A (&h)[kPer]) {
     A c[4][kPer], a_next[4][kPer], input_next[4][kPer], y[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) load_states<kPer>(c[j], c_row + (t4 + j) * Shape::kStates);
+    for (int j = 0; j < 4; ++j) load_states<kPer>(c[j], c_row + j * Shape::kStates);
     if constexpr (kMore) {
-      form(t4 + 4, a_next, input_next);
-      read_steps((t4 + 8) % Shape::kSteps);  // past the tile: its first ones, which nobody takes
+      form(b_next, a_next, input_next);
+      read_steps(pair_after);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -166,7 +175,7 @@ struct ScanAhead {
         }
       }
     }
-    return sum_over_lanes<Shape::kLanes>(y, lane);
+    return sum_over_lanes<Shape::kLanes, Shape::kLaneStride>(y, lane);
   }
 };
 
@@ -175,17 +184,19 @@ __device__ __forceinline__ void scan_tile_ahead(int steps, int channel, int lane
                                                 const typename Shape::A* pairs, const typename Shape::A* B,
                                                 const typename Shape::A* C, typename Shape::A* sums,
                                                 typename Shape::A (&h)[Shape::kPer]) {
-  ScanAhead<Shape> scan{pairs + channel * 2, B + lane * Shape::kPer, C + lane * Shape::kPer, decay, {}, {}, {}, {}};
-  scan.read_steps(0);
-  scan.form(0, scan.a, scan.input);
-  scan.read_steps(4 % Shape::kSteps);
+  using Scan = ScanAhead<Shape>;
+  const typename Shape::A *pair = pairs + channel * 2, *b_row = B + lane * Shape::kPer, *c_row = C + lane * Shape::kPer;
+  Scan scan{decay, {}, {}, {}, {}};
+  scan.begin(pair, b_row);
   int t4 = 0;
 #pragma unroll 1
   for (; t4 + 4 < steps; t4 += 4) {
-    const auto sum = scan.template advance<true>(t4, lane, h);
+    const int after = (t4 + 8) % Shape::kSteps;  // past the tile: its first ones, which nobody takes
+    const auto sum = scan.template advance<true>(c_row + t4 * Shape::kStates, b_row + (t4 + 4) * Shape::kStates,
+                                                 pair + after * Shape::kChannels * 2, lane, h);
     if (lane < 4) sums[(t4 + lane) * Shape::kSumStride + channel] = sum;
   }
-  const auto sum = scan.template advance<false>(t4, lane, h);
+  const auto sum = scan.template advance<false>(c_row + t4 * Shape::kStates, b_row, pair, lane, h);
   if (lane < 4) sums[(t4 + lane) * Shape::kSumStride + channel] = sum;
 }
 

@@ -20,14 +20,24 @@ struct ForwardShape {
   static constexpr bool kAhead = kAhead_;  // takes about 60 registers more
   static_assert(kChunk % kSteps == 0 && kSteps % 4 == 0 && kLanes >= 4);
 
+  // Threads of a warp, from the low bit: one of two channels, lanes of a channel, more channels. Neighbours then read the same B
+  // and C, and threads two apart the same step: a wide read of shared memory costs half as many cycles where one of these holds.
+  static constexpr int kLaneStride = kLanes < 32 ? 2 : 1;
+  static __device__ __forceinline__ int channel_of(int thread) {
+    return thread / (kLanes * kLaneStride) * kLaneStride + thread % kLaneStride;
+  }
+  static __device__ __forceinline__ int lane_of(int thread) { return thread / kLaneStride % kLanes; }
+
   using Channels = Tile<T, kSteps, kChannels>;
   using States = Tile<T, kSteps, kStates>;
   static constexpr int kRawBytes = 3 * Channels::kBytes + 2 * States::kBytes;  // u, delta, z, B, C
   static constexpr int kSumStride = kChannels + 9;  // writes of 4 steps x 8 channels and reads of columns meet 32 banks
   static constexpr int kStepBytes = kSteps * kChannels * 2 * static_cast<int>(sizeof(A));  // pairs (dt, dt u)
   static constexpr int kMatrixBytes = kSteps * kStates * static_cast<int>(sizeof(A));
-  static constexpr int kSumBytes = kSteps * kSumStride * static_cast<int>(sizeof(A));
-  static constexpr int kSharedBytes = kStages * kRawBytes + kStepBytes + 2 * kMatrixBytes + (kSumBytes + 15) / 16 * 16;
+  static constexpr int kSumBytes = (kSteps * kSumStride * static_cast<int>(sizeof(A)) + 15) / 16 * 16;
+  static constexpr int kParamBytes = 2 * kChannels * static_cast<int>(sizeof(A));  // delta_bias and D
+  static constexpr int kPreparedBytes = kStepBytes + 2 * kMatrixBytes;
+  static constexpr int kSharedBytes = kStages * kRawBytes + kPreparedBytes + kSumBytes + kParamBytes;
 
   static __host__ __device__ int64_t blocks_per_group(const Params& p) { return ceil_div(p.dim / p.groups, kChannels); }
   static __host__ __device__ int64_t blocks(const Params& p) { return p.groups * blocks_per_group(p); }

@@ -117,6 +117,31 @@ struct Mover {
   }
 };
 
+// kCount (2 or 4, or 8 of 16 bits) neighbouring elements by one read; `from` is aligned to all of them.
+template <int kCount, class T>
+__device__ __forceinline__ void load_elements(acc_t<T> (&to)[kCount], const T* from) {
+  constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
+  static_assert(sizeof(T) <= 4 && (kWords == 1 || kWords == 2 || kWords == 4));
+  uint32_t word[kWords];
+  if constexpr (kWords == 1) {
+    word[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else if constexpr (kWords == 2) {
+    const uint2 x = *reinterpret_cast<const uint2*>(from);
+    word[0] = x.x, word[1] = x.y;
+  } else {
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    word[0] = x.x, word[1] = x.y, word[2] = x.z, word[3] = x.w;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = __uint_as_float(word[i]);
+    } else {
+      to[i] = fastlm::cuda::to_acc(T{static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16))});
+    }
+  }
+}
+
 // Reads a staged tile.
 template <class T, int kSteps, int kColumns>
 struct Staged {
