@@ -50,6 +50,30 @@ __device__ __forceinline__ void keep_chunk(const ForwardCall& call, const Stretc
   }
 }
 
+// The same for every kChunk positions from the start of a stretch on, by a pointer that moves along.
+template <class Shape>
+struct ChunkStates {
+  using A = typename Shape::A;
+  A* next;
+  int count;  // of the lane's states
+
+  __device__ __forceinline__ ChunkStates(const ForwardCall& call, const Stretch& s, int channel, int lane) {
+    const ForwardParams& p = call.p;
+    const int64_t first = lane * Shape::kPer;
+    next = static_cast<A*>(p.chunk_states) +
+           ((s.sequence.chunk_begin + (s.begin - s.sequence.begin) / kChunk) * p.state + first) * p.dim + s.channel + channel;
+    count = channel < s.channels ? static_cast<int>(max_of(0, min_of(Shape::kPer, p.state - first))) : 0;
+  }
+  __device__ __forceinline__ void keep(const ForwardCall& call, const A (&h)[Shape::kPer]) {
+    const ForwardParams& p = call.p;
+#pragma unroll
+    for (int i = 0; i < Shape::kPer; ++i) {
+      if (i < count) next[i * p.dim] = h[i];
+    }
+    next += p.state * p.dim;
+  }
+};
+
 // The states after the stretch, where it is the last of its sequence.
 template <class Shape>
 __device__ __forceinline__ void last_states(const ForwardCall& call, const Stretch& s, int channel, int lane,

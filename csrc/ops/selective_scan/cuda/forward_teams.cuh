@@ -10,6 +10,7 @@
 // The recurrence runs on over the ends of tiles: the first groups of the next one are read before the last of this one.
 #pragma once
 
+#include "ops/selective_scan/cuda/forward_rows.cuh"
 #include "ops/selective_scan/cuda/forward_scan.cuh"
 #include "ops/selective_scan/cuda/forward_sides.cuh"
 #include "ops/selective_scan/cuda/forward_states.cuh"
@@ -53,47 +54,69 @@ __device__ __forceinline__ void wait_for(int tile) {
   tile % 2 == 0 ? fastlm::cuda::sync_named(kKind, kThreads) : fastlm::cuda::sync_named(kKind + 1, kThreads);
 }
 
+// How a stretch is cut: whole tiles, and what is left.
+template <class Shape>
+struct Tiles {
+  int whole, rest, count;
+  __device__ __forceinline__ explicit Tiles(const Stretch& s)
+      : whole(static_cast<int>((s.end - s.begin) / Shape::kSteps)),
+        rest(static_cast<int>((s.end - s.begin) % Shape::kSteps)),
+        count(whole + (rest != 0)) {}
+};
+
 template <class Shape>
 __device__ __forceinline__ void scan_side(const ForwardCall& call, const Stretch& s, int thread,
                                           const TeamsShared<Shape>& shared) {
   using A = typename Shape::A;
   using Scan = ScanAhead<Shape>;
-  constexpr int kThreads = Shape::kBlockThreads, kSteps = Shape::kSteps;
+  constexpr int kThreads = Shape::kBlockThreads, kGroups = Shape::kSteps / 4, kChunkTiles = kChunk / Shape::kSteps;
   const int channel = Shape::channel_of(thread), lane = Shape::lane_of(thread);
   A decay[Shape::kPer], h[Shape::kPer];
   first_states<Shape, false>(call, s, channel, lane, decay, h);
+  ChunkStates<Shape> chunks(call, s, channel, lane);
+  const Tiles<Shape> tiles(s);
 
   const int own_pair = channel * 2, own_state = lane * Shape::kPer, own_sum = lane * Shape::kSumStride + channel;
   Scan scan{decay, {}, {}, {}, {}};
-  if (s.begin < s.end) {
+  if (tiles.count > 0) {
     wait_for<kPrepared, kThreads>(0);
     A* pairs = shared.pairs(0);
     scan.begin(pairs + own_pair, shared.B(pairs) + own_state);
   }
   int tile = 0;
 #pragma unroll 1
-  for (int64_t t0 = s.begin; t0 < s.end; t0 += kSteps, ++tile) {
-    const int groups = static_cast<int>(ceil_div(min_of(kSteps, s.end - t0), 4));
-    const bool more = t0 + kSteps < s.end;
-    A *pairs = shared.pairs(tile), *next_pairs = shared.pairs(more ? tile + 1 : tile);
+  for (; tile < tiles.whole; ++tile) {
+    A* pairs = shared.pairs(tile);
     const A *pair = pairs + own_pair, *b_row = shared.B(pairs) + own_state, *c_row = shared.C(pairs) + own_state;
     A* sum = shared.sums(tile) + own_sum;
     if (tile >= 2) wait_for<kStored, kThreads>(tile);
 #pragma unroll 2
-    for (int g = 2; g < groups; ++g) {
+    for (int i = 0; i < kGroups - 2; ++i) {
       *sum = scan.template advance<true>(c_row, b_row + Scan::kStateGroup, pair + 2 * Scan::kPairGroup, lane, h);
       pair += Scan::kPairGroup, b_row += Scan::kStateGroup, c_row += Scan::kStateGroup, sum += Scan::kSumGroup;
     }
+    const bool more = tile + 1 < tiles.count;
     if (more) wait_for<kPrepared, kThreads>(tile + 1);
-    // After the last tile: its own first groups, which nobody takes.
-    const A *next_pair = next_pairs + own_pair, *next_b = shared.B(next_pairs) + own_state;
-    if (groups > 1) {
-      *sum = scan.template advance<true>(c_row, b_row + Scan::kStateGroup, next_pair, lane, h);
-      c_row += Scan::kStateGroup, sum += Scan::kSumGroup;
-    }
-    *sum = scan.template advance<true>(c_row, next_b, next_pair + Scan::kPairGroup, lane, h);
+    const A* next = shared.pairs(more ? tile + 1 : tile);  // after the last one: what nobody takes
+    const A *next_pair = next + own_pair, *next_b = next + Shape::kStepBytes / sizeof(A) + own_state;
+    sum[0] = scan.template advance<true>(c_row, b_row + Scan::kStateGroup, next_pair, lane, h);
+    sum[Scan::kSumGroup] = scan.template advance<true>(c_row + Scan::kStateGroup, next_b, next_pair + Scan::kPairGroup, lane, h);
     hand_over<kScanned, kThreads>(tile);
-    keep_chunk<Shape>(call, s, min_of(t0 + kSteps, s.end), channel, lane, h);
+    if (tile % kChunkTiles == kChunkTiles - 1) chunks.keep(call, h);
+  }
+  if (tiles.rest != 0) {
+    A* pairs = shared.pairs(tile);
+    const A *pair = pairs + own_pair, *b_row = shared.B(pairs) + own_state, *c_row = shared.C(pairs) + own_state;
+    A* sum = shared.sums(tile) + own_sum;
+    if (tile >= 2) wait_for<kStored, kThreads>(tile);
+#pragma unroll 1
+    for (int t4 = 0; t4 < tiles.rest; t4 += 4) {
+      const int next = (t4 + 4) % Shape::kSteps, after = (t4 + 8) % Shape::kSteps;
+      *sum = scan.template advance<true>(c_row + t4 * Shape::kStates, b_row + next * Shape::kStates,
+                                         pair + after * Shape::kChannels * 2, lane, h);
+      sum += Scan::kSumGroup;
+    }
+    hand_over<kScanned, kThreads>(tile);
   }
   last_states<Shape>(call, s, channel, lane, h);
 }
@@ -107,36 +130,47 @@ __device__ __forceinline__ void other_side(const ForwardCall& call, const Stretc
   A* params = shared.params();
   load_channel_params<Shape>(team, call, s, params);
   TileMovers<Shape> movers(call, s, thread);
-  const int tiles = static_cast<int>(ceil_div(s.end - s.begin, kSteps));
+  RowTiles<Shape> rows(call, s, movers, thread);
+  const Tiles<Shape> tiles(s);
+  const int in_rows = movers.apply && RowTiles<Shape>::applies(call, s) ? tiles.whole : 0;
+  const auto start_of = [&](int tile) { return s.begin + static_cast<int64_t>(tile) * kSteps; };
+  const auto steps_of = [&](int tile) { return tile < tiles.whole ? kSteps : tiles.rest; };
   const auto fetch = [&](int tile) {
-    const int64_t t0 = s.begin + static_cast<int64_t>(tile) * kSteps;
-    if (movers.apply && t0 + kSteps <= s.end) {
-      movers.copy(call, s, shared.raw(tile), thread);
+    char* to = shared.raw(tile);
+    if (tile < in_rows) {
+      rows.copy(call, to);
+    } else if (movers.apply && tile < tiles.whole) {
+      movers.copy(call, s, to, thread);
       fastlm::cuda::commit_copies();
     } else {
-      stage_tile<Shape>(team, call, s, t0, shared.raw(tile));
+      stage_tile<Shape>(team, call, s, start_of(tile), to);
     }
   };
-  const auto steps_of = [&](int tile) {
-    return static_cast<int>(min_of(kSteps, s.end - s.begin - static_cast<int64_t>(tile) * kSteps));
-  };
-  if (tiles > 0) fetch(0);
+  if (tiles.count > 0) fetch(0);
 #pragma unroll 1
-  for (int tile = 0; tile < (tiles > 0 ? tiles + 2 : 0); ++tile) {
+  for (int tile = 0; tile < (tiles.count > 0 ? tiles.count + 2 : 0); ++tile) {
     const int before = tile - 2;
     if (before >= 0) wait_for<kScanned, kThreads>(tile);
-    if (tile < tiles) {
+    if (tile < tiles.count) {
       fastlm::cuda::wait_copies<0>();
       team.sync();  // everybody's copies are there, and the slot of tile - 3 was read
       fetch(tile + 1);
-      A* pairs = shared.pairs(tile);
-      prepare_tile<Shape>(team, call, steps_of(tile), shared.raw(tile), params, pairs, shared.B(pairs), shared.C(pairs));
+      const char* raw = shared.raw(tile);
+      A *pairs = shared.pairs(tile), *B = shared.B(pairs), *C = shared.C(pairs);
+      if (tile < in_rows) {
+        rows.prepare(call, raw, params, pairs, B, C);
+      } else {
+        prepare_tile<Shape>(team, call, steps_of(tile), raw, params, pairs, B, C);
+      }
       hand_over<kPrepared, kThreads>(tile);
     }
     if (before >= 0) {
-      store_tile<Shape>(team, call, s, s.begin + static_cast<int64_t>(before) * kSteps, steps_of(before), shared.raw(before),
-                        params, shared.sums(before));
-      if (tile < tiles) hand_over<kStored, kThreads>(tile);
+      if (before < in_rows) {
+        rows.store(call, shared.raw(before), params, shared.sums(before));
+      } else {
+        store_tile<Shape>(team, call, s, start_of(before), steps_of(before), shared.raw(before), params, shared.sums(before));
+      }
+      if (tile < tiles.count) hand_over<kStored, kThreads>(tile);
     }
   }
   fastlm::cuda::wait_copies<0>();
@@ -148,16 +182,17 @@ __global__ void __launch_bounds__(Shape::kBlockThreads, 2)
   const TeamsShared<Shape> shared{fastlm::cuda::shared_memory()};
   const int thread = static_cast<int>(threadIdx.x) % Shape::kThreads;
   const bool scans = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / Shape::kThreads, 0) == 0;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const Stretch s = stretch_of<Shape>(call, item);
-    if (s.number >= 0) {
-      if (scans) {
-        scan_side<Shape>(call, s, thread, shared);
-      } else {
-        other_side<Shape>(call, s, thread, shared);
-      }
+  const auto each = [&](const auto& side) {
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+      const Stretch s = stretch_of<Shape>(call, item);
+      if (s.number >= 0) side(s);
+      if (item + gridDim.x < items) __syncthreads();
     }
-    if (item + gridDim.x < items) __syncthreads();
+  };
+  if (scans) {
+    each([&](const Stretch& s) { scan_side<Shape>(call, s, thread, shared); });
+  } else {
+    each([&](const Stretch& s) { other_side<Shape>(call, s, thread, shared); });
   }
 }
 

@@ -49,8 +49,9 @@ __device__ __forceinline__ float softplus(float x) {
   p = fmaf(p, s2, 4.002491022e-1f);
   p = fmaf(p, s2, 6.666631468e-1f);
   p = fmaf(p, s2, 2.000000008f);
-  const float y = fmaf(p, s, fmaxf(x, 0.0f));
-  return x <= 20.0f ? y : x;
+  const float y = fmaf(p, s, fmaxf(x, 0.0f));       // rounds to x above 20
+  if constexpr (kExact) return x <= 20.0f ? y : x;  // an infinite x has no rest
+  return y;
 }
 template <bool kExact>
 __device__ __forceinline__ double softplus(double x) {
