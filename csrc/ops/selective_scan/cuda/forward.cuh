@@ -1,12 +1,14 @@
 // Mamba-1 selective scan on CUDA, forward: h_t = exp2(dt_t A log2 e) h_{t-1} + dt_t B_t u_t, y_t = C_t . h_t + D u_t, gated by z.
 //
-// A team of 128 threads walks through time with kChannels channels: kLanes neighbouring threads hold the states of one, kPer
-// each. Tiles of kSteps positions arrive in the background, kStages - 1 tiles ahead; each tile is first turned into what every
-// lane of a channel needs (dt and dt u; B and C in fp32: once instead of in each lane), then scanned, then gated and stored with
-// wide writes. The states' recurrence is one multiply-add a step; the exponentials of four steps do not wait for it.
+// A team of 128 threads walks through time with kChannels channels: kLanes threads hold the states of one, kPer each. Tiles of
+// kSteps positions arrive in the background, kStages - 1 tiles ahead; each tile is first turned into what every lane of a channel
+// needs (dt and dt u; B and C in fp32: once instead of in each lane), then scanned, then gated and stored with wide writes. The
+// states' recurrence is one multiply-add a step; the exponentials of four steps do not wait for it.
 //
-// Bound for N = 16 by the special-function unit (4 exponentials a lane and step, 8 cycles each for a warp, and about one more for
-// softplus and gate: 40 cycles) and just as much by instruction issue (docs/cuda.md counts them); DRAM is at 40 % then.
+// This is the form for more than 16 states, float64, constant B or C, and for a scan beside an attention; what most calls are
+// goes through forward_teams.cuh, to the same bits. Either is bound for N = 16 by the special-function unit (4 exponentials a
+// lane and step, 8 cycles each for a warp, and about one more for softplus and gate: 40 cycles) and just as much by instruction
+// issue (docs/cuda.md counts them); DRAM is at 40 % then.
 //
 // Where channels times batch cannot fill a device, time is split: a pass over the parts with zero states before them (`ends`), a
 // pass that carries states over the parts, and this scan of every part from its own first state.
