@@ -9,6 +9,8 @@ namespace fastlm::selective_scan::cuda {
 constexpr int kBackwardStates = 16;
 // Positions between two kept states, and those whose sums are formed together.
 constexpr int kBackwardSub = 8;
+// Two channels a lane (backward_paired.cuh): the channels of a block and the bytes of shared memory it takes.
+constexpr int kPairedChannels = 64, kPairedShared = 112 * 1024;
 
 struct BackwardOrders {
   Order u, delta, z, dout, B, C, du, ddelta, dz;
@@ -32,6 +34,7 @@ struct BackwardCall {
   // Parts of sequences (see forward_call.h); begin_states: (slots, N, D), the gradient of the state after each part.
   Split split;
   bool ends_only;  // the pass that finds end_states (of the gradient, before a part) and decays
+  bool paired;     // two channels a lane
   int64_t slices;  // consecutive slots that one team visits after each other: as many as partial sums are kept of
   ParameterRows parameters;
   int64_t padded_state;  // multiple of kBackwardStates

@@ -5,6 +5,7 @@
 #include "ops/selective_scan/cuda/backward.cuh"
 #include "ops/selective_scan/cuda/backward_ends.cuh"
 #include "ops/selective_scan/cuda/backward_launch.h"
+#include "ops/selective_scan/cuda/backward_paired.cuh"
 
 namespace fastlm::selective_scan::cuda {
 
@@ -27,6 +28,15 @@ cudaError_t run_backward(const BackwardCall& call, cudaStream_t stream) {
   }
   if constexpr (sizeof(T) != 8) {
     if (call.p.state <= kBackwardStates && !call.p.B.constant && !call.p.C.constant) {
+      if constexpr (sizeof(T) == 2) {
+        if (call.paired) {
+          using Shape = PairedShape<T>;
+          const int64_t items = call.slices * Shape::blocks(call.p);
+          if (items > 0x7fffffff) return cudaErrorInvalidConfiguration;
+          return fastlm::cuda::launch<backward_paired_kernel<T>>(dim3(static_cast<unsigned int>(items)), Shape::kThreads,
+                                                                 Shape::kSharedBytes, stream, call);
+        }
+      }
       return start_backward<BackwardShape<T, false, true>>(call, stream);
     }
   }

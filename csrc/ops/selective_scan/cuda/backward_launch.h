@@ -7,10 +7,8 @@
 
 namespace fastlm::selective_scan::cuda {
 
-// Channels of a block: those whose sums of dB and dC are formed in shared memory.
-int64_t backward_block_channels(DType dtype);
-
-// Sets split.part, split.slots and slices, from the shapes alone: the same call is cut in the same way on every device.
+// Sets paired, split.part, split.slots and slices, from the shapes and from whether a block may have the shared memory of sm_90:
+// the same call is cut in the same way on every device of an architecture.
 void plan_backward(BackwardCall& call, DType dtype);
 
 // Elements (of the accumulation type) of what `call` points to.
