@@ -43,6 +43,34 @@ def test_gradients_of_split_time(device):
     )
 
 
+PAIRED = {
+    "whole_pieces": (1, 128, 136, 16, None),
+    "ragged": (1, 93, 77, 11, None),
+    "packed": (1, 64, 200, 16, [0, 3, 3, 72, 200]),
+    "split": (1, 64, 1032, 3, None),
+}
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channel_last", "no_unit_stride"])
+@pytest.mark.parametrize("case", PAIRED)
+def test_gradients_of_two_channels_a_lane(case, layout, gated, device):
+    """16 bits and more than 32 channels: two of them share a lane where a block has the memory for it."""
+    batch, dim, length, state, bounds = PAIRED[case]
+    dtype = torch.bfloat16 if gated else torch.float16
+    inputs = scan_inputs(Draw(case, device), batch, dim, length, state, dtype=dtype, layout=layout)
+    rows = batch
+    if bounds is not None:
+        inputs["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+        rows = len(bounds) - 1
+    if not gated:
+        del inputs["z"]
+    inputs["initial_state"] = torch.randn(rows, dim, state, device=device)
+    assert_gradients_match_reference(
+        ops.selective_scan, reference.selective_scan, Call((), inputs), return_last_state=True
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("batch", "dim", "length", "heads", "kv_heads", "head_dim", "window", "bounds"),
