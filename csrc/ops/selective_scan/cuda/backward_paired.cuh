@@ -130,15 +130,17 @@ class PairedTile {
   // The state before position t0, the first of a chunk.
   __device__ __forceinline__ void load_start(const Part& part, int64_t t0, Pair& h) const {
     const int64_t k = (t0 - part.sequence.begin) / kChunk;
-    each_state([&](int c, int i, int64_t n, int64_t d, bool there) {
-      h[c][i] = 0.0f;
-      if (!there) return;
-      h[c][i] =
-          k > 0 ? static_cast<const float*>(p_.chunk_states)[((part.sequence.chunk_begin + k - 1) * p_.state + n) * p_.dim + d]
-                : fastlm::cuda::load_param<float>(
-                      p_.initial_state, p_.initial_dtype,
-                      part.number * p_.initial_batch_stride + d * p_.initial_dim_stride + n * p_.initial_state_stride);
-    });
+    if (k > 0) {
+      const float* from = static_cast<const float*>(p_.chunk_states) + (part.sequence.chunk_begin + k - 1) * p_.state * p_.dim;
+      each_state([&](int c, int i, int64_t n, int64_t d, bool there) { h[c][i] = there ? from[n * p_.dim + d] : 0.0f; });
+    } else {
+      each_state([&](int c, int i, int64_t n, int64_t d, bool there) {
+        h[c][i] = there ? fastlm::cuda::load_param<float>(
+                              p_.initial_state, p_.initial_dtype,
+                              part.number * p_.initial_batch_stride + d * p_.initial_dim_stride + n * p_.initial_state_stride)
+                        : 0.0f;
+      });
+    }
   }
 
   // dy and dz / y of this lane's items of a sub-chunk.
@@ -292,7 +294,9 @@ class PairedTile {
     } else {
       form_steps<Shape, false>(thread_lane_, first_, call_, s.steps, raw, bias_, at(Shape::kStepsAt));
     }
-    form_states<Shape>(team_, call_, raw + 2 * Shape::Channels::kBytes, at(Shape::kB), at(Shape::kC));
+    const char* const states = raw + 2 * Shape::Channels::kBytes;
+    widen_states<Shape>(team_.thread, states, call_.order.B, at(Shape::kB));
+    widen_states<Shape>(team_.thread, states + Shape::States::kBytes, call_.order.C, at(Shape::kC));
     if (fast_) {
       open<true>();
     } else {

@@ -168,6 +168,34 @@ __device__ __forceinline__ void read_pair(const char* ring, int which, Order ord
   }
 }
 
+// B or C in fp32: eight elements a thread, states of a position or positions of a state.
+template <class Shape>
+__device__ __forceinline__ void widen_states(int thread, const char* raw, Order order, float* to) {
+  using T = typename Shape::T;
+  constexpr int kStates = Shape::kStates;
+  static_assert(Shape::kSteps * kStates == 8 * Shape::kThreads && kStates == 16);
+  const T* tile = reinterpret_cast<const T*>(raw);
+  const bool columns = order == Order::kColumns;
+  const uint4 words = *reinterpret_cast<const uint4*>(
+      tile + (columns ? thread % 16 * Shape::States::kColumnStride + thread / 16 * 8 : thread * 8));
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = fastlm::cuda::to_acc(T{static_cast<uint16_t>(word[i] & 0xffff)});
+    x[2 * i + 1] = fastlm::cuda::to_acc(T{static_cast<uint16_t>(word[i] >> 16)});
+  }
+  if (columns) {
+    to += thread / 16 * 8 * kStates + thread % 16;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[i * kStates] = x[i];
+  } else {
+    to += thread * 8;
+    *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+    *reinterpret_cast<float4*>(to + 4) = make_float4(x[4], x[5], x[6], x[7]);
+  }
+}
+
 // Steps (dt, dt u) of a chunk and the channels of a warp; past `steps`, 0. `first`: the warp's first channel in the block. kRows:
 // neither order is kColumns.
 template <class Shape, bool kRows>

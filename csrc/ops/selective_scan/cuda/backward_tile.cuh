@@ -68,7 +68,7 @@ __device__ __forceinline__ Source<T> tile_of(const Activation& x, Order order, i
 template <class T>
 __device__ __forceinline__ Source<T> tile_of(const Params& p, const Projection& m, Order order, int64_t batch, int64_t group,
                                              int64_t t, int64_t state) {
-  const int64_t own = group / (p.groups / m.groups);
+  const int64_t own = m.groups == 1 ? 0 : group / (p.groups / m.groups);  // the common case without a division
   return {
       static_cast<const T*>(m.data) + batch * m.batch_stride + own * m.group_stride + t * m.seq_stride + state * m.state_stride,
       m.seq_stride, m.state_stride, order};
