@@ -422,9 +422,17 @@ class BackwardTile {
   Inputs<Shape> in_;
 };
 
+// Teams that share a multiprocessor: as many as its shared memory holds.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kMany || sizeof(typename Shape::T) > 2 ? 2 : 3)
-    backward_kernel(const __grid_constant__ BackwardCall call) {
+constexpr int kTeams = 2;
+#else
+template <class Shape>
+constexpr int kTeams = Shape::kMany || sizeof(typename Shape::T) > 2 ? 2 : 3;
+#endif
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, kTeams<Shape>) backward_kernel(const __grid_constant__ BackwardCall call) {
   const Team<Shape::kThreads> team{static_cast<int>(threadIdx.x), 1};
   const int64_t blocks = Shape::blocks(call.p);
   BackwardTile<Shape>(team, call, blockIdx.x / blocks, blockIdx.x % blocks, fastlm::cuda::shared_memory()).run();

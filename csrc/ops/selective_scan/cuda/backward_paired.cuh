@@ -372,10 +372,12 @@ class PairedTile {
 
 template <class T>
 __global__ void __launch_bounds__(PairedShape<T>::kThreads, 2) backward_paired_kernel(const __grid_constant__ BackwardCall call) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // others do not have the shared memory: never launched there
   using Shape = PairedShape<T>;
   const Team<Shape::kThreads> team{static_cast<int>(threadIdx.x), 1};
   const int64_t blocks = Shape::blocks(call.p);
   PairedTile<Shape>(team, call, blockIdx.x / blocks, blockIdx.x % blocks, fastlm::cuda::shared_memory()).run();
+#endif
 }
 
 }  // namespace fastlm::selective_scan::cuda
