@@ -9,8 +9,7 @@
 // Sums over states (y, for dz; those of du and ddelta) go through shared memory from four lanes to one thread; sums over
 // channels (dB, dC) likewise, first over the 8 channels of a warp, then over warps: 3 instructions a state and position instead
 // of 7 by exchanging shuffles. Each block of 32 channels writes a row of sums for each position; backward_sums.cuh adds the
-// blocks. Wider blocks would halve those rows, which cost 16 KiB a position at D = 4096 (5 % of the time), but shared memory has
-// room for 96 channels on a multiprocessor of sm_90, best as three teams that wait at different times.
+// blocks. 16 bits and N up to 16 take blocks of 64 channels where a block may have 112 KiB: backward_paired.cuh.
 //
 // More than 16 states are visited in groups of 16 within each chunk (kMany); gradients wait in memory for their group's turn.
 // Where channels times sequences cannot fill a device, time is split (backward_ends.cuh).

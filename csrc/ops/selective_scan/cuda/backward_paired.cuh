@@ -1,4 +1,12 @@
-// Mamba-1 selective scan on CUDA, backward, with two channels a lane: 16 bits, N up to 16, B and C given per position.
+// Mamba-1 selective scan on CUDA, backward, with two channels a lane: 16 bits, N up to 16, B and C given per position, where two
+// teams of 112 KiB fit a multiprocessor. What backward.cuh says of chunks, kept states and the tape holds here too.
+//
+// A team of 128 threads holds 64 channels, each warp 16 of them: a lane has four states of two neighbours. B and C are read once
+// for both, terms of dB and dC of both are added before they go to shared memory, and a position has one row of sums for 64
+// channels. Inputs, sums over states and results stay within the warp; only the sums of dB and dC over warps need a barrier of
+// the team, one for each sub-chunk. They take the place of that sub-chunk's kept states: none is overwritten before it was read.
+//
+// The tape takes 128 registers of 255. Bound by instruction issue, with two warps on a scheduler; docs/cuda.md counts.
 #pragma once
 
 #include "ops/selective_scan/cuda/backward_paired_sweep.cuh"
@@ -372,12 +380,10 @@ class PairedTile {
 
 template <class T>
 __global__ void __launch_bounds__(PairedShape<T>::kThreads, 2) backward_paired_kernel(const __grid_constant__ BackwardCall call) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // others do not have the shared memory: never launched there
   using Shape = PairedShape<T>;
   const Team<Shape::kThreads> team{static_cast<int>(threadIdx.x), 1};
   const int64_t blocks = Shape::blocks(call.p);
   PairedTile<Shape>(team, call, blockIdx.x / blocks, blockIdx.x % blocks, fastlm::cuda::shared_memory()).run();
-#endif
 }
 
 }  // namespace fastlm::selective_scan::cuda
