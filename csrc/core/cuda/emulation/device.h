@@ -28,9 +28,13 @@ static inline float __int_as_float(int32_t bits) { return __uint_as_float(static
 static inline int32_t __float_as_int(float x) { return static_cast<int32_t>(__float_as_uint(x)); }
 static inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 static inline float __fdividef(float a, float b) { return a / b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 static inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+static inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 template <class T>
 static inline T __ldg(const T* p) {
   return *p;
