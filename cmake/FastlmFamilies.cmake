@@ -46,7 +46,9 @@ fastlm_sources(samba_decode_step
   CUDA cuda/phases.cu cuda/whole.cu)
 fastlm_sources(grin_route
   ADAPTER checks.cpp cpu.cpp
-  KERNELS cpu/forward.cpp cpu/backward.cpp)
+  KERNELS cpu/forward.cpp cpu/backward.cpp
+  CUDA_ADAPTER cuda.cpp
+  CUDA cuda/forward.cu cuda/backward.cu)
 fastlm_sources(moe_dispatch
   ADAPTER checks.cpp plan.cpp cpu.cpp experts.cpp
   KERNELS cpu/forward.cpp cpu/backward.cpp)

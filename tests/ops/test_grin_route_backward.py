@@ -308,6 +308,7 @@ def test_errors(args, options, text):
     )
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize("bad", [4, -2, 2**31 - 1, -(2**31)])
 def test_errors_in_ids(bad):
     ids = _IDS.clone()
