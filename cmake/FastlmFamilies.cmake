@@ -51,7 +51,9 @@ fastlm_sources(grin_route
   CUDA cuda/forward.cu cuda/backward.cu)
 fastlm_sources(moe_dispatch
   ADAPTER checks.cpp plan.cpp cpu.cpp experts.cpp
-  KERNELS cpu/forward.cpp cpu/backward.cpp)
+  KERNELS cpu/forward.cpp cpu/backward.cpp
+  CUDA_ADAPTER cuda_plan.cpp
+  CUDA cuda/plan.cu)
 fastlm_sources(slm_loss
   ADAPTER checks.cpp select.cpp cpu.cpp
   KERNELS cpu/pack.cpp cpu/forward.cpp cpu/backward.cpp)

@@ -131,6 +131,7 @@ def test_too_many_picks_to_count():
     conformance.assert_same_error(ops.moe_plan, call, ValueError, text, on_meta=False)
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize(("bad", "at"), [(4, 3), (-2, 0), (2**31 - 1, 5), (-(2**31), 2)])
 def test_errors_in_ids(bad, at, dtype):
@@ -141,6 +142,7 @@ def test_errors_in_ids(bad, at, dtype):
         conformance.assert_same_error(function, Call((ids, 4), {}), IndexError, text, on_meta=False)
 
 
+@pytest.mark.host_values
 def test_error_in_an_id_of_64_bits():
     """One whose lower half alone would be fine."""
     call = Call((torch.tensor([[0, 2**32]]), 4), {})
