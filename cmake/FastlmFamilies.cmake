@@ -56,4 +56,6 @@ fastlm_sources(moe_dispatch
   CUDA cuda/plan.cu)
 fastlm_sources(slm_loss
   ADAPTER checks.cpp select.cpp cpu.cpp
-  KERNELS cpu/pack.cpp cpu/forward.cpp cpu/backward.cpp)
+  KERNELS cpu/pack.cpp cpu/forward.cpp cpu/backward.cpp
+  CUDA_ADAPTER cuda_select.cpp
+  CUDA cuda/select.cu)

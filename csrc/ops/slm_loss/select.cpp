@@ -3,41 +3,15 @@
 #include "ops/slm_loss/select.h"
 
 #include <algorithm>
-#include <bit>
 #include <limits>
 #include <vector>
+
+#include "ops/slm_loss/keys.h"
 
 namespace fastlm::slm_loss {
 namespace {
 
-constexpr int kDigitBits = 11;
 constexpr int64_t kDigits = int64_t{1} << kDigitBits;
-
-template <class Key>
-constexpr Key kSign = Key(1) << (sizeof(Key) * 8 - 1);
-
-// No branches: which scores are negative or left out nobody can predict, and so the loop runs in vectors.
-template <class Key, class Score>
-Key to_key(Score score, bool allowed) {
-  const Key bits = std::bit_cast<Key>(score + Score(0));  // -0 + 0 is +0
-  constexpr Key infinite = std::bit_cast<Key>(std::numeric_limits<Score>::infinity());
-  const Key negative = Key(0) - (bits >> (sizeof(Key) * 8 - 1));  // all ones or 0
-  const Key kept = Key(0) - static_cast<Key>(allowed && (bits & ~kSign<Key>) < infinite);
-  return (bits ^ (negative | kSign<Key>)) & kept;
-}
-
-template <class Score, class Key>
-Score to_score(Key key) {
-  if (key == 0) return std::numeric_limits<Score>::quiet_NaN();
-  return std::bit_cast<Score>((key & kSign<Key>) != 0 ? key & ~kSign<Key> : ~key);
-}
-
-uint64_t mix(uint64_t x) {
-  x += 0x9E3779B97F4A7C15u;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
 
 // The k-th largest of n keys, 1 <= k <= n, and in `above` how many are larger.
 template <class Key>
@@ -74,8 +48,6 @@ void keys_of(const double* scores, const bool* allowed, int64_t n, uint64_t* key
 float score_of(uint32_t key) { return to_score<float>(key); }
 double score_of(uint64_t key) { return to_score<double>(key); }
 
-uint64_t tie_order(uint64_t seed, uint64_t index) { return mix(mix(seed) + index); }
-
 int64_t kept_of(int64_t n, double keep_ratio) {
   if (n == 0 || keep_ratio == 0) return 0;
   return std::clamp(static_cast<int64_t>(std::floor(keep_ratio * static_cast<double>(n) + 0.5)), int64_t{1}, n);
@@ -109,10 +81,11 @@ Selection select_largest(const Key* keys, int64_t n, double keep_ratio, bool ran
     }
     return done;
   }
+  const uint64_t mixed = mix_bits(seed);
   std::vector<uint64_t> order;
   order.reserve(static_cast<size_t>(done.tied));
   for (int64_t i = 0; i < n; ++i) {
-    if (keys[i] == least) order.push_back(tie_order(seed, static_cast<uint64_t>(first + i)));
+    if (keys[i] == least) order.push_back(tie_order(mixed, static_cast<uint64_t>(first + i)));
   }
   std::vector<uint64_t> sorted = order;
   std::nth_element(sorted.begin(), sorted.begin() + (wanted - 1), sorted.end());

@@ -14,10 +14,6 @@ void keys_of(const double* scores, const bool* allowed, int64_t n, uint64_t* key
 float score_of(uint32_t key);
 double score_of(uint64_t key);
 
-// Place of token `index` among equals in random order: a permutation of the 64-bit integers that the seed chooses, so no two
-// tokens have the same. Two rounds of splitmix64 (Steele, Lea, Flood, OOPSLA 2014): mix(mix(seed) + index).
-uint64_t tie_order(uint64_t seed, uint64_t index);
-
 // How many of n tokens: keep_ratio of them, rounded to nearest, at least one unless keep_ratio or n is 0.
 int64_t kept_of(int64_t n, double keep_ratio);
 
@@ -28,7 +24,8 @@ struct Selection {
 };
 
 // Sets mask[i] for the kept_of(eligible, keep_ratio) largest of n keys. Ties at the threshold: the first in order, or by
-// tie_order(seed, first + i) from the smallest on. `threshold`: the smallest selected key, or the largest Key if there is none.
+// tie_order (keys.h) of the seed and first + i, from the smallest on. `threshold`: the smallest selected key, or the largest Key
+// if there is none.
 template <class Key>
 Selection select_largest(const Key* keys, int64_t n, double keep_ratio, bool random_ties, uint64_t seed, int64_t first,
                          bool* mask, Key* threshold);
