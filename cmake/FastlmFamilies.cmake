@@ -58,4 +58,4 @@ fastlm_sources(slm_loss
   ADAPTER checks.cpp select.cpp cpu.cpp
   KERNELS cpu/pack.cpp cpu/forward.cpp cpu/backward.cpp
   CUDA_ADAPTER cuda_select.cpp
-  CUDA cuda/select.cu)
+  CUDA cuda/select.cu cuda/compact.cu)

@@ -249,6 +249,7 @@ def test_errors(args, kwargs, text):
         conformance.assert_same_error(function, call, ValueError, f"select_tokens: {text}")
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(
     ("ends", "text"),
     [

@@ -63,6 +63,8 @@ bool check_select(const char* op, const Tensor& score, const Tensor& eligible, c
   if (cu_seqlens.has_value()) {
     check_index_vector(op, "cu_seqlens", *cu_seqlens);
     check_same_device(op, "cu_seqlens", *cu_seqlens, "score", score);
+    FASTLM_CHECK_VALUE(cu_seqlens->size(0) >= 1, op, ": cu_seqlens must have at least 1 element (0), got shape ",
+                       shape_string(*cu_seqlens));
   }
   FASTLM_CHECK_VALUE(keep_ratio >= 0 && keep_ratio <= 1, op, ": keep_ratio must be in [0, 1], got ", keep_ratio);
   FASTLM_CHECK_VALUE(tie_break == "index" || tie_break == "random", op, ": tie_break must be 'index' or 'random', got '",
