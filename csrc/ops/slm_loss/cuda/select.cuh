@@ -29,7 +29,7 @@ constexpr int kPasses = (8 * static_cast<int>(sizeof(Key)) + kDigitBits - 1) / k
 constexpr int64_t counters_of(int64_t segments, int64_t blocks) { return segments * (1 + blocks); }
 
 struct SelectShared {
-  uint32_t bins[kDigits];
+  uint32_t bins[kDigits + 4];
   uint32_t sums[32];
   uint32_t digit, above, count, unused;
 };
@@ -51,11 +51,29 @@ struct Found {
   uint32_t k, above, equal;
 };
 
+// Counts the digit of a key if `wanted` and if the digits above it are those of `prefix`.
+template <class K>
+struct DigitCount {
+  uint32_t* bins;
+  K prefix;
+  int top, shift;
+  uint32_t digit_mask;
+
+  __device__ __forceinline__ uint32_t digit(K key) const { return static_cast<uint32_t>(key >> shift) & digit_mask; }
+  // Of all keys, for the first digit: without a branch, what is not wanted goes to a bin that nobody reads.
+  __device__ __forceinline__ void any(K key, bool wanted) const { atomicAdd(&bins[wanted ? digit(key) : kDigits], 1u); }
+  __device__ __forceinline__ void few(K key, bool wanted) const {
+    // Two steps: a shift by the width of the type is undefined.
+    if (wanted && (key ^ prefix) >> (top - 1) >> 1 == 0) atomicAdd(&bins[digit(key)], 1u);
+  }
+};
+
 template <class T, int kThreads>
 class Selector {
  public:
   using Score = acc_t<T>;
   using Key = KeyOf<T>;
+  static constexpr int kBatch = sizeof(Key) == 8 ? 2 : 4;  // rows whose reads are under way at once
 
   __device__ __forceinline__ Selector(const SelectParams& p, int blocks, int capacity)
       : p_(p),
@@ -78,14 +96,18 @@ class Selector {
   __device__ __forceinline__ void run() {
     uint32_t eligible = 0;
     const Found<Key> found = kth_largest<Key, false>(
-        [&](auto&& add, bool first) {
-          const auto add_group = [&](int, const Key(&key)[kGroup]) {
+        [&](auto&& count, bool first) {
+          if (first) {
+            for_each_group<true>([&](int, const Key(&key)[kGroup]) {
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) {
-              if (key[i] != 0) add(key[i]);
-            }
-          };
-          first ? for_each_group<true>(add_group) : for_each_group<false>(add_group);
+              for (int i = 0; i < kGroup; ++i) count.any(key[i], key[i] != 0);
+            });
+          } else {
+            for_each_group<false>([&](int, const Key(&key)[kGroup]) {
+#pragma unroll
+              for (int i = 0; i < kGroup; ++i) count.few(key[i], key[i] != 0);
+            });
+          }
         },
         [&](uint32_t total) { return kept_of(eligible = total); });
     if (rank_ == 0 && thread_ == 0) {
@@ -125,10 +147,10 @@ class Selector {
     const int64_t from = first + min(rank_ * share, groups), to = first + min((rank_ + 1) * share, groups);
     origin_ = from * kGroup;
     begin_ = static_cast<int>(max(begin, origin_) - origin_);
-    end_ = static_cast<int>(min(end, to * kGroup) - origin_);
     const int rows = static_cast<int>((to - from + 31) / 32), each = (rows + kThreads / 32 - 1) / (kThreads / 32);
     row_begin_ = min(thread_ / 32 * each, rows);
     row_end_ = min(row_begin_ + each, rows);
+    stop_ = static_cast<int>(min(min(end, to * kGroup) - origin_, static_cast<int64_t>(row_end_) * kRow));
   }
 
   // keep_ratio * n, rounded as the CPU rounds it: no fused multiply-add.
@@ -138,60 +160,64 @@ class Selector {
     return static_cast<uint32_t>(min(max(kept, int64_t{1}), static_cast<int64_t>(n)));
   }
 
-  // Keys of the tokens `at` to `at` + 3 of this block; 0 for those that are not of the segment.
-  __device__ __forceinline__ void read_keys(int at, Key (&key)[kGroup]) const {
+  // Scores and flags of kBatch rows, one group of tokens for each lane; no flag where a token is not of this warp.
+  __device__ __forceinline__ void read(int row, T (&value)[kBatch][kGroup], uint32_t (&flags)[kBatch]) const {
     const auto* const score = static_cast<const T*>(p_.score) + origin_;
     const bool* const allowed = p_.allowed + origin_;
-    T value[kGroup];
-    bool wanted[kGroup];
-    if (p_.vectors && at < end_ && origin_ + at + kGroup <= p_.total) {
-      const auto values = *reinterpret_cast<const Packed<T, kGroup>*>(score + at);
-      const uint32_t flags = *reinterpret_cast<const uint32_t*>(allowed + at);
+    const int first = row * kRow + lane_ * kGroup;
+    if (p_.vectors && row * kRow >= begin_ && (row + kBatch) * kRow <= stop_) {  // the same for all lanes
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        value[i] = values.at[i];
-        wanted[i] = at + i >= begin_ && at + i < end_ && (flags >> 8 * i & 0xff) != 0;
-      }
-    } else {
+      for (int b = 0; b < kBatch; ++b) {
+        const auto values = *reinterpret_cast<const Packed<T, kGroup>*>(score + first + b * kRow);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        const bool inside = at + i >= begin_ && at + i < end_;
-        value[i] = inside ? score[at + i] : T{};
-        wanted[i] = inside && allowed[at + i];
+        for (int i = 0; i < kGroup; ++i) value[b][i] = values.at[i];
+        flags[b] = *reinterpret_cast<const uint32_t*>(allowed + first + b * kRow);
       }
+      return;
     }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) key[i] = to_key<Key>(fastlm::cuda::to_acc(value[i]), wanted[i]);
+    for (int b = 0; b < kBatch; ++b) {
+      flags[b] = 0;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const int at = first + b * kRow + i;
+        const bool inside = at >= begin_ && at < stop_;
+        value[b][i] = inside ? score[at] : T{};
+        flags[b] |= static_cast<uint32_t>(inside && allowed[at]) << 8 * i;
+      }
+    }
   }
 
-  // Calls f(at, keys of the tokens at to at + 3) for this warp's groups in order, one for each lane at a time. `kFirst`: the
-  // first time; later the keys of as many rows as fit are in shared memory.
+  // Calls f(at, keys of the tokens at to at + 3) for this warp's groups in order, one for each lane at a time; keys of tokens
+  // that are not of this warp are 0. `kFirst`: the first time; later the keys of as many rows as fit are in shared memory.
   template <bool kFirst, class F>
   __device__ __forceinline__ void for_each_group(F&& f) {
-    constexpr int kBatch = sizeof(Key) == 8 ? 2 : 4;
     using Keys = Packed<Key, kGroup>;
 #pragma unroll 1
     for (int row = row_begin_; row < row_end_; row += kBatch) {
-      Key key[kBatch][kGroup];
+      Keys key[kBatch];
       const bool cached = row + kBatch <= cached_rows_;
+      const int first = row * kRow + lane_ * kGroup;
+      if (!kFirst && cached) {
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int at = (row + b) * kRow + lane_ * kGroup;
-        if (!kFirst && cached) {
-          const Keys kept = *reinterpret_cast<const Keys*>(keys_ + at);
+        for (int b = 0; b < kBatch; ++b) {
+          key[b] = first + b * kRow < stop_ ? *reinterpret_cast<const Keys*>(keys_ + first + b * kRow) : Keys{};
+        }
+      } else {
+        T value[kBatch][kGroup];
+        uint32_t flags[kBatch];
+        read(row, value, flags);
 #pragma unroll
-          for (int i = 0; i < kGroup; ++i) key[b][i] = kept.at[i];
-        } else {
-          read_keys(at, key[b]);
+        for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) {
+            key[b].at[i] = to_key<Key>(fastlm::cuda::to_acc(value[b][i]), (flags[b] >> 8 * i & 0xff) != 0);
+          }
+          if (kFirst && cached && first + b * kRow < stop_) *reinterpret_cast<Keys*>(keys_ + first + b * kRow) = key[b];
         }
       }
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (row + b >= row_end_) break;
-        const int at = (row + b) * kRow + lane_ * kGroup;
-        if (kFirst && cached) *reinterpret_cast<Keys*>(keys_ + at) = {key[b][0], key[b][1], key[b][2], key[b][3]};
-        f(at, key[b]);
-      }
+      for (int b = 0; b < kBatch; ++b) f(first + b * kRow, key[b].at);
     }
   }
 
@@ -202,13 +228,13 @@ class Selector {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) word |= static_cast<uint32_t>(taken(at + i, key[i])) << 8 * i;
     bool* const mask = p_.mask + origin_;
-    if (at >= begin_ && at + kGroup <= end_) {
+    if (at >= begin_ && at + kGroup <= stop_) {
       *reinterpret_cast<uint32_t*>(mask + at) = word;
       return;
     }
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      if (at + i >= begin_ && at + i < end_) mask[at + i] = (word >> 8 * i & 1) != 0;
+      if (at + i >= begin_ && at + i < stop_) mask[at + i] = (word >> 8 * i & 1) != 0;
     }
   }
   template <class Taken>
@@ -216,7 +242,7 @@ class Selector {
     for_each_group<false>([&](int at, const Key(&key)[kGroup]) { store_group(at, key, taken); });
   }
 
-  // `visit(add, first)` calls add(key) for every key of this block; `rank(n)` says which of all n keys is looked for, 0 for none.
+  // `visit(count, first)` counts every key of this block; `rank(n)` says which of all n keys is looked for, 0 for none.
   // `kMayStop`: a lower bound of the key will do, one that no other key lies between.
   template <class K, bool kMayStop, class Visit, class Rank>
   __device__ __forceinline__ Found<K> kth_largest(Visit&& visit, Rank&& rank) {
@@ -228,11 +254,7 @@ class Selector {
       const auto digit_mask = static_cast<uint32_t>(kDigits - 1) >> (kDigitBits - (top - shift));
       for (int i = thread_; i < kDigits; i += kThreads) shared_.bins[i] = 0;
       __syncthreads();
-      const auto add = [&](K key) {  // two steps: a shift by the width of the type is undefined
-        if ((key ^ found.key) >> (top - 1) >> 1 == 0)
-          atomicAdd(&shared_.bins[static_cast<uint32_t>(key >> shift) & digit_mask], 1u);
-      };
-      visit(add, top == kBits);
+      visit(DigitCount<K>{shared_.bins, found.key, top, shift, digit_mask}, top == kBits);
       __syncthreads();
       const uint32_t* counts = shared_.bins;
       if (blocks_ > 1) {
@@ -308,11 +330,11 @@ class Selector {
   __device__ __forceinline__ void take_random(Key least, uint32_t wanted) {
     const auto order = [&](int at) { return ~tie_order(p_.mixed_seed, static_cast<uint64_t>(origin_ + at)); };
     const Found<uint64_t> last = kth_largest<uint64_t, true>(
-        [&](auto&& add, bool) {
+        [&](auto&& count, bool) {
           for_each_group<false>([&](int at, const Key(&key)[kGroup]) {
 #pragma unroll
             for (int i = 0; i < kGroup; ++i) {
-              if (key[i] == least) add(order(at + i));
+              if (key[i] == least) count.few(order(at + i), true);
             }
           });
         },
@@ -329,7 +351,7 @@ class Selector {
   int32_t* ties_;            // (blocks,)
   uint32_t* bins_;           // of the next pass
   int64_t origin_;           // the block's first token, a multiple of kGroup; positions below count from it
-  int begin_, end_;          // tokens of the segment
+  int begin_, stop_;         // the first token of the segment and the one after the last of this warp
   int row_begin_, row_end_;  // of this warp
 };
 
