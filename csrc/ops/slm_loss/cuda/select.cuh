@@ -153,7 +153,7 @@ class Selector {
     stop_ = static_cast<int>(min(min(end, to * kGroup) - origin_, static_cast<int64_t>(row_end_) * kRow));
   }
 
-  // keep_ratio * n, rounded as the CPU rounds it: no fused multiply-add.
+  // select.h's kept_of; its product and its sum are rounded one by one, as on the CPU.
   __device__ __forceinline__ uint32_t kept_of(uint32_t n) const {
     if (n == 0 || p_.keep_ratio == 0) return 0;
     const auto kept = static_cast<int64_t>(__dadd_rn(__dmul_rn(p_.keep_ratio, static_cast<double>(n)), 0.5));
