@@ -52,8 +52,8 @@ fastlm_sources(grin_route
 fastlm_sources(moe_dispatch
   ADAPTER checks.cpp plan.cpp cpu.cpp experts.cpp
   KERNELS cpu/forward.cpp cpu/backward.cpp
-  CUDA_ADAPTER cuda_plan.cpp
-  CUDA cuda/plan.cu)
+  CUDA_ADAPTER cuda_plan.cpp cuda.cpp
+  CUDA cuda/plan.cu cuda/gemm.cu cuda/gemm_bf16.cu cuda/gemm_fp16.cu cuda/gemm_float.cu cuda/gemm_double.cu)
 fastlm_sources(slm_loss
   ADAPTER checks.cpp select.cpp cpu.cpp
   KERNELS cpu/pack.cpp cpu/forward.cpp cpu/backward.cpp

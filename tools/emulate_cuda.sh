@@ -10,7 +10,7 @@ build="$root/build/emulate-cuda"
 "$bin/cmake" -S "$root" -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$bin/python" \
   -Dpybind11_DIR="$("$bin/python" -m pybind11 --cmakedir)" -DFASTLM_EMULATE_CUDA=ON -DFASTLM_CUDA=OFF \
   "-DFASTLM_SANITIZE=address;undefined" "-DFASTLM_CPU_LEVELS=default" \
-  "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step"
+  "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step;grin_route;moe_dispatch"
 "$bin/cmake" --build "$build" --parallel "${JOBS:-2}"
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
 some="$root/tests/cuda/test_attention_tiles.py $root/tests/cuda/test_scan_forms.py"
@@ -18,7 +18,7 @@ all="$root/tests/cuda/test_device_values.py"
 for family in causal_conv1d selective_scan selective_state samba_decode; do
   for file in "$root/tests/ops/test_$family"*.py; do all="$all $file"; done
 done
-for family in sliding_window scan_swa; do
+for family in sliding_window scan_swa grouped_gemm; do
   for file in "$root/tests/ops/test_$family"*.py; do some="$some $file"; done
 done
 run() {

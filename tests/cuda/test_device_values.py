@@ -27,6 +27,7 @@ NAMES = (
     "conv_state_indices",
     "state_batch_indices",
     "seq_idx",
+    "offsets",
 )
 OPERATORS = (
     "causal_conv1d",
@@ -40,6 +41,8 @@ OPERATORS = (
     "sliding_window_attention_update",
     "scan_swa",
     "samba_decode_step",
+    "grouped_gemm",
+    "grouped_gemm_backward",
 )
 
 

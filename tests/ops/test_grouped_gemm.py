@@ -216,6 +216,7 @@ def test_errors(args, kwargs, text):
         conformance.assert_same_error(function, Call(args, kwargs), ValueError, f"grouped_gemm: {text}")
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize(
     ("offsets", "text"),
