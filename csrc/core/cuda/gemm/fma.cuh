@@ -98,12 +98,6 @@ __device__ void fma_tile(const Tile& tile, int64_t n, int64_t depth, const AtA& 
   }
 }
 
-template <class T>
-__device__ __forceinline__ const T* line_of(const Matrix& m, int64_t group, int64_t line) {
-  if (m.index != nullptr) line = clamped(m.index[line], 0, m.lines - 1);
-  return static_cast<const T*>(m.data) + group * m.group_stride + line * m.line_stride;
-}
-
 template <class T, Layout kB, class Epilogue>
 __global__ void __launch_bounds__(FmaShape::kThreads)
     fma_row_kernel(const __grid_constant__ RowProduct p, const __grid_constant__ Epilogue epilogue) {

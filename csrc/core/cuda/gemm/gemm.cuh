@@ -5,6 +5,7 @@
 #include "core/cuda/gemm/fma.cuh"
 #include "core/cuda/gemm/gemm.h"
 #include "core/cuda/gemm/hopper_host.h"
+#include "core/cuda/gemm/mma.cuh"
 
 #ifdef FASTLM_HOPPER_KERNELS
 #include "core/cuda/gemm/hopper.cuh"
@@ -21,7 +22,11 @@ cudaError_t row_product(Backend backend, const RowProduct& p, const Epilogue& ep
   }
 #endif
   (void)backend;
-  return fma_row_product<T, kB>(p, epilogue, stream);
+  if constexpr (sizeof(T) == 2) {
+    return mma_row_product<T, kB>(p, epilogue, stream);
+  } else {
+    return fma_row_product<T, kB>(p, epilogue, stream);
+  }
 }
 
 template <class T, class Epilogue>
@@ -32,7 +37,11 @@ cudaError_t outer_product(Backend backend, const OuterProduct& p, const Epilogue
   }
 #endif
   (void)backend;
-  return fma_outer_product<T>(p, epilogue, stream);
+  if constexpr (sizeof(T) == 2) {
+    return mma_outer_product<T>(p, epilogue, stream);
+  } else {
+    return fma_outer_product<T>(p, epilogue, stream);
+  }
 }
 
 }  // namespace fastlm::cuda::gemm

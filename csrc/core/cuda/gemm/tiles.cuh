@@ -23,6 +23,13 @@ __device__ __forceinline__ Range rows_of(const Ragged& r, int64_t g) {
   return {begin, clamped(load_index(r.offsets, r.wide, g + 1), begin, r.rows)};
 }
 
+// The first element of a line.
+template <class T>
+__device__ __forceinline__ const T* line_of(const Matrix& m, int64_t group, int64_t line) {
+  if (m.index != nullptr) line = clamped(m.index[line], 0, m.lines - 1);
+  return static_cast<const T*>(m.data) + group * m.group_stride + line * m.line_stride;
+}
+
 struct Tile {
   int64_t group;
   int64_t row, row_end;  // first row of the tile; end of the group's rows (or m)
