@@ -1,5 +1,5 @@
 // The products of core/cuda/gemm on the emulated device against plain loops, on small whole numbers, so that every sum is exact:
-//     emulated_gemm BACKEND    fma, mma or hopper
+//     emulated_gemm BACKEND    fma, mma, stream or hopper
 // Whatever a product must not read is NaN, whatever it must not write stays as it was. Ends with status 1 and a line for each
 // product that is wrong.
 #include "core/cuda/gemm/gemm.cuh"
@@ -205,8 +205,8 @@ int main(int argc, char** argv) {
   if (name == "fma") {
     all_cases<float>(Backend::kFma, "float32");
     all_cases<double>(Backend::kFma, "float64");
-  } else if (name == "mma" || name == "hopper") {
-    const Backend backend = name == "mma" ? Backend::kMma : Backend::kHopper;
+  } else if (name == "mma" || name == "stream" || name == "hopper") {
+    const Backend backend = name == "mma" ? Backend::kMma : name == "stream" ? Backend::kStream : Backend::kHopper;
     all_cases<bfloat16>(backend, "bfloat16");
     all_cases<float16>(backend, "float16");
   } else {

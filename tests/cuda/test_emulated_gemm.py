@@ -45,7 +45,7 @@ def _run(program: Path, backend: str, schedule: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 2])
-@pytest.mark.parametrize("backend", ["fma", "mma", "hopper"])
+@pytest.mark.parametrize("backend", ["fma", "mma", "stream", "hopper"])
 def test_products(program, backend, schedule):
     _run(program, backend, schedule)
 

@@ -6,6 +6,7 @@
 #include "core/cuda/gemm/gemm.h"
 #include "core/cuda/gemm/hopper_host.h"
 #include "core/cuda/gemm/mma.cuh"
+#include "core/cuda/gemm/stream.cuh"
 
 #ifdef FASTLM_HOPPER_KERNELS
 #include "core/cuda/gemm/hopper.cuh"
@@ -23,6 +24,7 @@ cudaError_t row_product(Backend backend, const RowProduct& p, const Epilogue& ep
 #endif
   (void)backend;
   if constexpr (sizeof(T) == 2) {
+    if (backend == Backend::kStream) return stream_row_product<T, kB>(p, epilogue, stream);
     return mma_row_product<T, kB>(p, epilogue, stream);
   } else {
     return fma_row_product<T, kB>(p, epilogue, stream);

@@ -12,13 +12,15 @@
 namespace fastlm::cuda::gemm {
 
 struct MmaShape {
-  static constexpr int kThreads = Stage::kThreads, kRows = 128, kColumns = 128, kWarp = 64, kStages = 4, kBlocks = 2;
+  static constexpr int kThreads = 128, kRows = 128, kColumns = 128, kWarp = 64, kStages = 4, kBlocks = 2;
+  using Stage = gemm::Stage<128, 32, kThreads>;
   static constexpr int kStageBytes = 2 * Stage::kBytes, kSharedBytes = kStages * kStageBytes;
 };
 
 // d += one stage's 64 rows x 64 columns of a warp. Fragments are read one product of 16 x 16 ahead.
 template <class T, Layout kA, Layout kB>
 __device__ __forceinline__ void mma_stage(float (&d)[4][32], const char* stage, int row, int column, int lane) {
+  using Stage = MmaShape::Stage;
   constexpr int kSteps = Stage::kDepth / 16;
   const char* const b_stage = stage + Stage::kBytes;
   uint32_t a[2][4][4], b[2][4];
@@ -49,6 +51,7 @@ template <class T, Layout kA, Layout kB, class OperandA, class OperandB, class E
 __device__ __forceinline__ void mma_tile(const Tile& tile, int64_t n, int64_t depth, OperandA a, OperandB b,
                                          const Epilogue& epilogue) {
   using S = MmaShape;
+  using Stage = S::Stage;
   char* const ring = shared_memory();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int row = warp / 2 * S::kWarp, column = warp % 2 * S::kWarp;
@@ -79,18 +82,6 @@ __device__ __forceinline__ void mma_tile(const Tile& tile, int64_t n, int64_t de
   }
 }
 
-// Line `line` of a tile of B: its column of a part, and among the columns of all parts.
-template <int kParts>
-struct PartColumn {
-  int64_t column, n;
-  __device__ __forceinline__ PartColumn(const RowProduct& p, int64_t first, int line) {
-    constexpr int kPart = MmaShape::kWarp / kParts;
-    const int within = line % MmaShape::kWarp;
-    column = first + line / MmaShape::kWarp * kPart + within % kPart;
-    n = within / kPart * p.n + column;
-  }
-};
-
 template <class T, Layout kB, class Epilogue>
 __global__ void __launch_bounds__(MmaShape::kThreads, MmaShape::kBlocks)
     mma_row_kernel(const __grid_constant__ RowProduct p, const __grid_constant__ Epilogue epilogue) {
@@ -99,11 +90,11 @@ __global__ void __launch_bounds__(MmaShape::kThreads, MmaShape::kBlocks)
   RowTiles<MmaShape::kRows, MmaShape::kColumns / kParts> tiles(p.rows, p.n, blockIdx.x, gridDim.x);
   Tile tile;
   while (tiles.next(tile)) {
-    const DepthOperand<T> a(p.a, p.k, thread, [&](int line) -> const T* {
+    const DepthOperand<T, MmaShape::Stage> a(p.a, p.k, thread, [&](int line) -> const T* {
       return tile.row + line < tile.row_end ? line_of<T>(p.a, 0, tile.row + line) : nullptr;
     });
     if constexpr (kB == Layout::kDepth) {
-      const DepthOperand<T> b(p.b, p.k, thread, [&](int line) -> const T* {
+      const DepthOperand<T, MmaShape::Stage> b(p.b, p.k, thread, [&](int line) -> const T* {
         const PartColumn<kParts> at(p, tile.column, line);
         return at.column < p.n ? line_of<T>(p.b, tile.group, at.n) : nullptr;
       });
@@ -111,7 +102,7 @@ __global__ void __launch_bounds__(MmaShape::kThreads, MmaShape::kBlocks)
     } else {
       const PartColumn<kParts> at(p, tile.column, thread % 16 * 8);
       const T* const from = static_cast<const T*>(p.b.data) + tile.group * p.b.group_stride + at.n;
-      const WidthOperand<T> b(p.b, from, 0, p.k, p.n - at.column, p.n, thread);
+      const WidthOperand<T, MmaShape::Stage> b(p.b, from, 0, p.k, p.n - at.column, p.n, thread);
       mma_tile<T, Layout::kDepth, kB>(tile, p.n, p.k, a, b, epilogue);
     }
   }
@@ -128,7 +119,7 @@ __global__ void __launch_bounds__(MmaShape::kThreads, MmaShape::kBlocks)
     const int64_t depth = tile.depth.end - tile.depth.begin;
     const auto operand = [&](const Matrix& m, int64_t column, int64_t columns) {
       const T* const from = static_cast<const T*>(m.data) + (m.index == nullptr ? tile.depth.begin * m.line_stride : 0) + column;
-      return WidthOperand<T>(m, from, tile.depth.begin, depth, columns - column, columns, thread);
+      return WidthOperand<T, MmaShape::Stage>(m, from, tile.depth.begin, depth, columns - column, columns, thread);
     };
     mma_tile<T, Layout::kWidth, Layout::kWidth>(tile, p.n, depth, operand(p.a, tile.row + first, p.m),
                                                 operand(p.b, tile.column + first, p.n), epilogue);

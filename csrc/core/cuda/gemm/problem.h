@@ -6,8 +6,9 @@
 // What becomes of the sums is up to an epilogue (slab.cuh). Group sizes lie on the device and are never read by the host: grids
 // and workspaces are for the most there can be, and what is not there costs a look at the offsets.
 //
-// Backends: kHopper (sm_90a: wgmma, tile copies), kMma (16-bit elements: mma.sync), kFma (any element type: multiply-adds in the
-// accumulation type, no tf32). A sum over k runs in order of k in each of them, whatever the other rows are.
+// Backends: kHopper (sm_90a: wgmma, tile copies), kMma (16-bit elements: mma.sync), kStream (the same for few rows
+// a group: row products bound by reading B), kFma (any element type: multiply-adds in the accumulation type, no tf32). A sum over
+// k runs in order of k in each of them, whatever the other rows are.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -54,11 +55,11 @@ struct OuterProduct {
   Matrix a, b;
 };
 
-enum class Backend { kHopper, kMma, kFma };
+enum class Backend { kHopper, kMma, kStream, kFma };
 
 // Columns (of one part) that a slab of a backend holds: what epilogues that reduce along rows size their workspaces by.
 constexpr int64_t slab_columns(Backend backend, int parts) {
-  return (backend == Backend::kHopper ? 256 : backend == Backend::kMma ? 64 : 32) / parts;
+  return (backend == Backend::kHopper ? 256 : backend == Backend::kFma ? 32 : 64) / parts;
 }
 
 }  // namespace fastlm::cuda::gemm

@@ -1,8 +1,6 @@
-// Stages of 16-bit operands in shared memory: 128 lines (of what is not summed) x 32 of depth, as pieces of 16 bytes, read by
-// ldmatrix. A stage keeps the order of its tensor; pieces are permuted so that the eight that a phase of ldmatrix reads or of
-// cp.async writes lie in different banks.
-//     kDepth   line l, depth 8 c ..   at piece 4 l + (c ^ l / 2 % 4)
-//     kWidth   depth k, lines 8 c ..  at piece 16 k + (c ^ k % 8)
+// Stages of 16-bit operands in shared memory: kLines (of what is not summed) x kDepth, as pieces of 16 bytes, read by ldmatrix. A
+// stage keeps the order of its tensor; pieces are permuted within a row of it so that the eight that a phase of ldmatrix reads or
+// of cp.async writes lie in different banks.
 // Whatever is out of range is zero. Pieces that are aligned and whole are copied in the background, others element by element.
 #pragma once
 
@@ -12,14 +10,21 @@
 
 namespace fastlm::cuda::gemm {
 
+template <int kTileLines, int kTileDepth, int kTeam>
 struct Stage {
-  static constexpr int kLines = 128, kDepth = 32, kBytes = kLines * kDepth * 2, kThreads = 128;
+  static constexpr int kLines = kTileLines, kDepth = kTileDepth, kBytes = kLines * kDepth * 2, kThreads = kTeam;
   static constexpr int kEach = kBytes / 16 / kThreads;  // pieces of a thread
+  static_assert((kDepth == 32 || kDepth == 64) && kLines % 64 % 32 == 0 && kEach * kThreads * 16 == kBytes);
 
+  // Offset of the piece that holds this element.
   template <Layout kLayout>
-  static __device__ __forceinline__ int at(int line, int depth) {  // offset of the piece that holds this element
-    return kLayout == Layout::kDepth ? line * 64 + ((depth / 8 ^ (line / 2 & 3)) << 4)
-                                     : depth * 256 + ((line / 8 ^ (depth & 7)) << 4);
+  static __device__ __forceinline__ int at(int line, int depth) {
+    if constexpr (kLayout == Layout::kDepth) {
+      return line * (2 * kDepth) + ((depth / 8 ^ (kDepth == 32 ? line / 2 & 3 : line & 7)) << 4);
+    } else {
+      static_assert(kLines >= 64);
+      return depth * (2 * kLines) + ((line / 8 ^ (depth & 7)) << 4);
+    }
   }
 
   // 16 lines x 16 of depth as operand A of mma.sync (or, by kB, as two operands B of eight lines).
@@ -46,9 +51,10 @@ __device__ __forceinline__ bool wide_pieces(const Matrix& m, int64_t across) {
   return ((reinterpret_cast<uintptr_t>(m.data) / 2) | m.line_stride | m.group_stride | across) % 8 == 0;
 }
 
-// What a thread copies of an operand whose depth is contiguous: piece thread % 4 of four lines.
-template <class T>
+// What a thread copies of an operand whose depth is contiguous: the same piece of several lines.
+template <class T, class Stage>
 struct DepthOperand {
+  static constexpr int kPieces = Stage::kDepth / 8, kStep = Stage::kThreads / kPieces;  // of a line; lines of the threads
   const T* from[Stage::kEach];
   int exists;  // a bit for each
   int64_t depth;
@@ -60,15 +66,17 @@ struct DepthOperand {
       : exists(0), depth(depth), wide(wide_pieces(m, depth)) {
 #pragma unroll
     for (int i = 0; i < Stage::kEach; ++i) {
-      const T* const line = find(thread / 4 + 32 * i);
+      const T* const line = find(thread / kPieces + kStep * i);
       exists |= (line != nullptr) << i;
       from[i] = line != nullptr ? line : static_cast<const T*>(m.data);
     }
   }
 
   __device__ __forceinline__ void copy(char* stage, int64_t k, int thread) {
-    const int64_t first = k + thread % 4 * 8, count = depth - first;
-    const auto to = [&](int i) { return stage + Stage::at<Layout::kDepth>(thread / 4 + 32 * i, thread % 4 * 8); };
+    const int64_t first = k + thread % kPieces * 8, count = depth - first;
+    const auto to = [&](int i) {
+      return stage + Stage::template at<Layout::kDepth>(thread / kPieces + kStep * i, thread % kPieces * 8);
+    };
     if (wide) {
 #pragma unroll
       for (int i = 0; i < Stage::kEach; ++i) copy_async<16>(to(i), from[i] + first, (exists >> i & 1) && count > 0);
@@ -79,10 +87,11 @@ struct DepthOperand {
   }
 };
 
-// The same where lines of memory are steps of depth: piece thread % 16 of four steps. Where an index picks them, it is read a
+// The same where lines of memory are steps of depth: the same piece of several steps. Where an index picks them, it is read a
 // stage ahead.
-template <class T>
+template <class T, class Stage>
 struct WidthOperand {
+  static constexpr int kPieces = Stage::kLines / 8, kStep = Stage::kThreads / kPieces;
   const T* from;
   int64_t stride, depth, count;  // count: elements of the piece that exist
   const int32_t* index;
@@ -107,16 +116,18 @@ struct WidthOperand {
     if (index == nullptr) return;
 #pragma unroll
     for (int i = 0; i < Stage::kEach; ++i) {
-      const int64_t step = k + thread / 16 + 8 * i;
+      const int64_t step = k + thread / kPieces + kStep * i;
       picked[i] = step < depth ? index[step] : 0;
     }
   }
 
   __device__ __forceinline__ void copy(char* stage, int64_t k, int thread) {
-    const int64_t first = k + thread / 16;
-    const auto to = [&](int i) { return stage + Stage::at<Layout::kWidth>(thread % 16 * 8, thread / 16 + 8 * i); };
-    const auto line = [&](int i) { return from + (index == nullptr ? first + 8 * i : clamped(picked[i], 0, last)) * stride; };
-    const auto exists = [&](int i) { return first + 8 * i < depth && count > 0; };
+    const int64_t first = k + thread / kPieces;
+    const auto to = [&](int i) {
+      return stage + Stage::template at<Layout::kWidth>(thread % kPieces * 8, thread / kPieces + kStep * i);
+    };
+    const auto line = [&](int i) { return from + (index == nullptr ? first + kStep * i : clamped(picked[i], 0, last)) * stride; };
+    const auto exists = [&](int i) { return first + kStep * i < depth && count > 0; };
     if (wide) {
 #pragma unroll
       for (int i = 0; i < Stage::kEach; ++i) copy_async<16>(to(i), line(i), exists(i));
@@ -125,6 +136,19 @@ struct WidthOperand {
       for (int i = 0; i < Stage::kEach; ++i) stage_elements(to(i), line(i), exists(i) ? count : 0);
     }
     look_up(k + Stage::kDepth, thread);
+  }
+};
+
+// Line `line` of a tile of B, of whose 64 lines the first half belongs to part 0 where there are two: its column of a part, and
+// among the columns of all parts.
+template <int kParts>
+struct PartColumn {
+  int64_t column, n;
+  __device__ __forceinline__ PartColumn(const RowProduct& p, int64_t first, int line) {
+    constexpr int kPart = 64 / kParts;
+    const int within = line % 64;
+    column = first + line / 64 * kPart + within % kPart;
+    n = within / kPart * p.n + column;
   }
 };
 
