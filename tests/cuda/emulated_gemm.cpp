@@ -198,6 +198,29 @@ void all_cases(Backend backend, const char* dtype) {
   }
 }
 
+// What eight lanes read (ldmatrix) or write (cp.async) at a time lies in eight different groups of four banks.
+template <class S, Layout kLayout>
+void check_banks(const char* name) {
+  const auto check = [&](const char* what, auto offset) {
+    int groups = 0;
+    for (int lane = 0; lane < 8; ++lane) groups |= 1 << offset(lane) / 16 % 8;
+    if (groups != 255 && ++failures <= 20) std::printf("%s: bank conflicts of %s\n", name, what);
+  };
+  constexpr bool kByDepth = kLayout == Layout::kDepth;
+  for (int line = 0; line < S::kLines; line += 8) {
+    for (int depth = 0; depth < S::kDepth; depth += 8) {
+      check("ldmatrix", [&](int i) { return S::template at<kLayout>(line + (kByDepth ? i : 0), depth + (kByDepth ? 0 : i)); });
+    }
+  }
+  constexpr int kPieces = (kByDepth ? S::kDepth : S::kLines) / 8;
+  for (int first = 0; first < S::kBytes / 16; first += 8) {
+    check("cp.async", [&](int i) {
+      const int along = (first + i) % kPieces * 8, across = (first + i) / kPieces;
+      return S::template at<kLayout>(kByDepth ? across : along, kByDepth ? along : across);
+    });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -207,6 +230,11 @@ int main(int argc, char** argv) {
     all_cases<double>(Backend::kFma, "float64");
   } else if (name == "mma" || name == "stream" || name == "hopper") {
     const Backend backend = name == "mma" ? Backend::kMma : name == "stream" ? Backend::kStream : Backend::kHopper;
+    check_banks<MmaShape::Stage, Layout::kDepth>("mma, by depth");
+    check_banks<MmaShape::Stage, Layout::kWidth>("mma, by width");
+    check_banks<StreamShape::Lines, Layout::kDepth>("stream, by depth");
+    check_banks<StreamShape::Lines, Layout::kWidth>("stream, by width");
+    check_banks<StreamShape::Rows, Layout::kDepth>("stream, rows");
     all_cases<bfloat16>(backend, "bfloat16");
     all_cases<float16>(backend, "float16");
   } else {

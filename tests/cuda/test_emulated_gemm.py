@@ -39,12 +39,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(program: Path, backend: str, schedule: int) -> None:
-    env = {**os.environ, "FASTLM_EMULATED_SCHEDULE": str(schedule)}
+    # Few blocks, so that each has several tiles.
+    env = {**os.environ, "FASTLM_EMULATED_SCHEDULE": str(schedule), "FASTLM_EMULATED_SMS": "1"}
     done = subprocess.run([program, backend], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("schedule", [0, 1, 2, 12])  # 12: one warp falls behind the others
 @pytest.mark.parametrize("backend", ["fma", "mma", "stream", "hopper"])
 def test_products(program, backend, schedule):
     _run(program, backend, schedule)
