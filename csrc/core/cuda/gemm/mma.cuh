@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(MmaShape::kThreads, MmaShape::kBlocks)
     } else {
       const PartColumn<kParts> at(p, tile.column, thread % 16 * 8);
       const T* const from = static_cast<const T*>(p.b.data) + tile.group * p.b.group_stride + at.n;
-      const WidthOperand<T, MmaShape::Stage> b(p.b, from, 0, p.k, p.n - at.column, p.n, thread);
+      const WidthOperand<T, MmaShape::Stage, false> b(p.b, from, 0, p.k, p.n - at.column, p.n, thread);
       mma_tile<T, Layout::kDepth, kB>(tile, p.n, p.k, a, b, epilogue);
     }
   }
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(MmaShape::kThreads, MmaShape::kBlocks)
     const int64_t depth = tile.depth.end - tile.depth.begin;
     const auto operand = [&](const Matrix& m, int64_t column, int64_t columns) {
       const T* const from = static_cast<const T*>(m.data) + (m.index == nullptr ? tile.depth.begin * m.line_stride : 0) + column;
-      return WidthOperand<T, MmaShape::Stage>(m, from, tile.depth.begin, depth, columns - column, columns, thread);
+      return WidthOperand<T, MmaShape::Stage, true>(m, from, tile.depth.begin, depth, columns - column, columns, thread);
     };
     mma_tile<T, Layout::kWidth, Layout::kWidth>(tile, p.n, depth, operand(p.a, tile.row + first, p.m),
                                                 operand(p.b, tile.column + first, p.n), epilogue);

@@ -87,28 +87,29 @@ struct DepthOperand {
   }
 };
 
-// The same where lines of memory are steps of depth: the same piece of several steps. Where an index picks them, it is read a
-// stage ahead.
-template <class T, class Stage>
+// The same where lines of memory are steps of depth: the same piece of several steps. Where an index picks them (kPicks: it
+// may), it is read a stage ahead.
+template <class T, class Stage, bool kPicks>
 struct WidthOperand {
   static constexpr int kPieces = Stage::kLines / 8, kStep = Stage::kThreads / kPieces;
-  const T* from;
+  const T* from;                 // without an index: this thread's first step of the next stage
   int64_t stride, depth, count;  // count: elements of the piece that exist
   const int32_t* index;
-  int64_t last;
+  int32_t last;
   int32_t picked[Stage::kEach];
   bool wide;
 
-  // `from`: the first step of depth at this thread's columns; `begin`: its line.
+  // `from`: the first step of depth (with an index: line 0) at this thread's columns; `begin`: where the index starts.
   __device__ __forceinline__ WidthOperand(const Matrix& m, const T* from, int64_t begin, int64_t depth, int64_t count,
                                           int64_t across, int thread)
       : from(count > 0 ? from : static_cast<const T*>(m.data)),
         stride(m.line_stride),
         depth(depth),
         count(count),
-        index(m.index == nullptr ? nullptr : m.index + begin),
-        last(m.lines - 1),
+        index(!kPicks || m.index == nullptr ? nullptr : m.index + begin),
+        last(static_cast<int32_t>(clamped(m.lines - 1, 0, 0x7fffffff))),
         wide(wide_pieces(m, across)) {
+    if (index == nullptr) this->from += thread / kPieces * stride;
     look_up(0, thread);
   }
 
@@ -121,19 +122,26 @@ struct WidthOperand {
     }
   }
 
+  // Stages come one after the other.
   __device__ __forceinline__ void copy(char* stage, int64_t k, int thread) {
-    const int64_t first = k + thread / kPieces;
+    const T* line[Stage::kEach];
+    if (index == nullptr) {
+#pragma unroll
+      for (int i = 0; i < Stage::kEach; ++i, from += kStep * stride) line[i] = from;
+    } else {
+#pragma unroll
+      for (int i = 0; i < Stage::kEach; ++i) line[i] = from + min(max(picked[i], 0), last) * stride;
+    }
+    const int left = static_cast<int>(count > 0 ? clamped(depth - k, 0, Stage::kDepth) : 0) - thread / kPieces;
     const auto to = [&](int i) {
       return stage + Stage::template at<Layout::kWidth>(thread % kPieces * 8, thread / kPieces + kStep * i);
     };
-    const auto line = [&](int i) { return from + (index == nullptr ? first + kStep * i : clamped(picked[i], 0, last)) * stride; };
-    const auto exists = [&](int i) { return first + kStep * i < depth && count > 0; };
     if (wide) {
 #pragma unroll
-      for (int i = 0; i < Stage::kEach; ++i) copy_async<16>(to(i), line(i), exists(i));
+      for (int i = 0; i < Stage::kEach; ++i) copy_async<16>(to(i), line[i], kStep * i < left);
     } else {
 #pragma unroll
-      for (int i = 0; i < Stage::kEach; ++i) stage_elements(to(i), line(i), exists(i) ? count : 0);
+      for (int i = 0; i < Stage::kEach; ++i) stage_elements(to(i), line[i], kStep * i < left ? count : 0);
     }
     look_up(k + Stage::kDepth, thread);
   }

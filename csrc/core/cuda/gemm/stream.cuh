@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(StreamShape::kThreads, StreamShape::kBlocks)
   } else {
     const PartColumn<kParts> at(p, tile.column, thread % 8 * 8);
     const T* const from = static_cast<const T*>(p.b.data) + tile.group * p.b.group_stride + at.n;
-    const WidthOperand<T, S::Lines> b(p.b, from, 0, p.k, p.n - at.column, p.n, thread);
+    const WidthOperand<T, S::Lines, false> b(p.b, from, 0, p.k, p.n - at.column, p.n, thread);
     stream_tile<T, kB>(tile, p.n, p.k, b, a, epilogue);
   }
 }
