@@ -1,5 +1,5 @@
 // The products of core/cuda/gemm on the emulated device against plain loops, on small whole numbers, so that every sum is exact:
-//     emulated_gemm BACKEND    fma, mma, stream or hopper
+//     emulated_gemm BACKEND    fma, mma, stream, hopper, or pairs (hopper, clusters of two blocks for every product)
 // Whatever a product must not read is NaN, whatever it must not write stays as it was. Ends with status 1 and a line for each
 // product that is wrong.
 #include "core/cuda/gemm/gemm.cuh"
@@ -58,6 +58,22 @@ struct Lines {
 };
 
 int failures = 0;
+bool pairs = false;
+
+template <class T, Layout kB, class Epilogue>
+cudaError_t run_row(Backend backend, const RowProduct& p, const Epilogue& epilogue) {
+  if constexpr (sizeof(T) == 2) {
+    if (pairs) return run_hopper_row<T, kB, 2>(p, epilogue, nullptr);
+  }
+  return row_product<T, kB>(backend, p, epilogue, nullptr);
+}
+template <class T, class Epilogue>
+cudaError_t run_outer(Backend backend, const OuterProduct& p, const Epilogue& epilogue) {
+  if constexpr (sizeof(T) == 2) {
+    if (pairs) return run_hopper_outer<T, 2>(p, epilogue, nullptr);
+  }
+  return outer_product<T>(backend, p, epilogue, nullptr);
+}
 
 void report(const Case& c, const char* what, int64_t row, int64_t column, double found, double wanted) {
   if (++failures <= 20) {
@@ -109,10 +125,9 @@ void row_case(Backend backend, const Case& c) {
                {b.data.data(), b.stride, lines * b.stride, nullptr, lines}};
   cudaError_t status;
   if constexpr (kParts == 1) {
-    status = row_product<T, kB>(backend, p, Store<T>{{out.data.data(), out.stride, 0}}, nullptr);
+    status = run_row<T, kB>(backend, p, Store<T>{{out.data.data(), out.stride, 0}});
   } else {
-    status = row_product<T, kB>(backend, p,
-                                StoreParts<T>{{out.data.data(), out.stride, 0}, {second.data.data(), second.stride, 0}}, nullptr);
+    status = run_row<T, kB>(backend, p, StoreParts<T>{{out.data.data(), out.stride, 0}, {second.data.data(), second.stride, 0}});
   }
   if (status != cudaSuccess) report(c, "status", 0, 0, status, 0);
   for (int64_t r = 0; r < rows; ++r) {
@@ -153,7 +168,7 @@ void outer_case(Backend backend, const Case& c) {
   Lines<T> out(groups * m, c.n, c.padding);
   const auto* index = c.index ? s.index.data() : nullptr;
   const OuterProduct p{s.rows, m, c.n, {a.data.data(), a.stride, 0, index, rows}, {b.data.data(), b.stride, 0, index, rows}};
-  const cudaError_t status = outer_product<T>(backend, p, Store<T>{{out.data.data(), out.stride, m * out.stride}}, nullptr);
+  const cudaError_t status = run_outer<T>(backend, p, Store<T>{{out.data.data(), out.stride, m * out.stride}});
   if (status != cudaSuccess) report(c, "status", 0, 0, status, 0);
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t i = 0; i < m; ++i) {
@@ -228,7 +243,8 @@ int main(int argc, char** argv) {
   if (name == "fma") {
     all_cases<float>(Backend::kFma, "float32");
     all_cases<double>(Backend::kFma, "float64");
-  } else if (name == "mma" || name == "stream" || name == "hopper") {
+  } else if (name == "mma" || name == "stream" || name == "hopper" || name == "pairs") {
+    pairs = name == "pairs";
     const Backend backend = name == "mma" ? Backend::kMma : name == "stream" ? Backend::kStream : Backend::kHopper;
     check_banks<MmaShape::Stage, Layout::kDepth>("mma, by depth");
     check_banks<MmaShape::Stage, Layout::kWidth>("mma, by width");

@@ -67,6 +67,40 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* b, int parity) {
       : "memory");
 }
 
+// ---- clusters: blocks that see each other's shared memory (launch_clusters) ------------------------------------------------
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// By all threads of all blocks. After the mbarriers' inits, and before a block ends that others may still write to.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// An arrival at the barrier that lies where b lies here, in block `rank`.
+__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* b, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(b)),
+      "r"(rank)
+      : "memory");
+}
+// mbarrier_wait for a barrier that other blocks arrive at.
+__device__ __forceinline__ void mbarrier_wait_cluster(Mbarrier* b, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(b)),
+      "r"(parity)
+      : "memory");
+}
+
 // ---- copies of tiles -------------------------------------------------------------------------------------------------------
 // Makes this thread's writes to shared memory visible to tile copies and wgmma.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -82,6 +116,16 @@ __device__ __forceinline__ void load_tile(void* to, const TensorMap& map, Mbarri
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
           shared_address(to)),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+// The same to this place in every block of the cluster whose bit is set in `mask`; each block's bytes arrive at its own barrier.
+__device__ __forceinline__ void load_tile_to_blocks(void* to, const TensorMap& map, Mbarrier* b, uint32_t mask, int c0, int c1,
+                                                    int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5, "
+      "%6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "h"(static_cast<uint16_t>(mask))
       : "memory");
 }
 // `bytes` (a multiple of 16, both addresses too) of shared to global memory, or added to the floats there; of this thread's

@@ -30,13 +30,20 @@ namespace fastlm::cuda {
 template <auto kKernel, class... A>
 cudaError_t launch(dim3 grid, unsigned int threads, size_t shared_bytes, cudaStream_t, const A&... args) {
   static_assert(std::is_same_v<decltype(kKernel), void (*)(A...)>, "arguments must have the types of the parameters");
-  emulation::run_grid(grid, threads, shared_bytes, false, [&] { kKernel(args...); });
+  emulation::run_grid(grid, threads, shared_bytes, 1, [&] { kKernel(args...); });
   return cudaSuccess;
 }
 template <auto kKernel, class... A>
 cudaError_t launch_cooperative(dim3 grid, unsigned int threads, size_t shared_bytes, cudaStream_t, const A&... args) {
   static_assert(std::is_same_v<decltype(kKernel), void (*)(A...)>, "arguments must have the types of the parameters");
-  emulation::run_grid(grid, threads, shared_bytes, true, [&] { kKernel(args...); });
+  emulation::run_grid(grid, threads, shared_bytes, 0, [&] { kKernel(args...); });
+  return cudaSuccess;
+}
+template <auto kKernel, class... A>
+cudaError_t launch_clusters(unsigned int blocks, dim3 grid, unsigned int threads, size_t shared_bytes, cudaStream_t,
+                            const A&... args) {
+  static_assert(std::is_same_v<decltype(kKernel), void (*)(A...)>, "arguments must have the types of the parameters");
+  emulation::run_grid(grid, threads, shared_bytes, blocks, [&] { kKernel(args...); });
   return cudaSuccess;
 }
 template <auto kKernel>
@@ -90,6 +97,28 @@ cudaError_t launch_cooperative(dim3 grid, unsigned int threads, size_t shared_by
   static_assert(std::is_same_v<decltype(kKernel), void (*)(A...)>, "arguments must have the types of the parameters");
   const auto start = [&](const void* kernel, void** pointers) {
     return cudaLaunchCooperativeKernel(kernel, grid, dim3(threads), pointers, shared_bytes, stream);
+  };
+  return detail::start<kKernel>(start, shared_bytes, args...);
+}
+
+// Clusters of `blocks` blocks along x, a divisor of the grid's.
+template <auto kKernel, class... A>
+cudaError_t launch_clusters(unsigned int blocks, dim3 grid, unsigned int threads, size_t shared_bytes, cudaStream_t stream,
+                            const A&... args) {
+  static_assert(std::is_same_v<decltype(kKernel), void (*)(A...)>, "arguments must have the types of the parameters");
+  const auto start = [&](const void* kernel, void** pointers) {
+    cudaLaunchAttribute size{};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = blocks;
+    size.val.clusterDim.y = size.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &size;
+    config.numAttrs = 1;
+    return cudaLaunchKernelExC(&config, kernel, pointers);
   };
   return detail::start<kKernel>(start, shared_bytes, args...);
 }

@@ -33,11 +33,19 @@ struct MbarrierState {
 static_assert(sizeof(MbarrierState) == sizeof(Mbarrier));
 constexpr uint32_t kMbarrierMark = 0x5a;
 
-inline MbarrierState& mbarrier_state(Mbarrier* b) {
-  check_shared(b, 8, 8, "an mbarrier");
+// Where what lies at p in this block lies in that of number `rank` of the cluster.
+template <class T>
+T* in_block(T* p, unsigned int rank) {
+  return reinterpret_cast<T*>(shared_memory_of(rank) + shared_address(p));
+}
+inline MbarrierState& initialized(Mbarrier* b) {
   auto& state = *reinterpret_cast<MbarrierState*>(b);
   if (state.mark != kMbarrierMark) fail("an mbarrier is used before its init, or was overwritten");
   return state;
+}
+inline MbarrierState& mbarrier_state(Mbarrier* b) {
+  check_shared(b, 8, 8, "an mbarrier");
+  return initialized(b);
 }
 inline void mbarrier_update(MbarrierState& state) {
   if (state.pending == 0 && state.bytes == 0) {
@@ -265,28 +273,45 @@ inline void mbarrier_wait(Mbarrier* b, int parity) {
   }
 }
 
+inline int cluster_rank() { return static_cast<int>(emulation::cluster_rank()); }
+inline void cluster_sync() { emulation::cluster_barrier(); }
+inline void mbarrier_arrive_at(Mbarrier* b, int rank) {
+  emulation::check_shared(b, 8, 8, "an mbarrier");
+  emulation::mbarrier_arrival(emulation::initialized(emulation::in_block(b, static_cast<unsigned int>(rank))));
+}
+inline void mbarrier_wait_cluster(Mbarrier* b, int parity) { mbarrier_wait(b, parity); }
+
 inline void fence_async_shared() {}
 inline void fence_async_global() {}
 inline void prefetch_map(const TensorMap&) {}
 
-inline void load_tile(void* to, const TensorMap& map, Mbarrier* b, int c0, int c1, int c2, int c3) {
+// To the same place of every block in `mask`, whose own barrier there gets the bytes.
+inline void load_tile_to_blocks(void* to, const TensorMap& map, Mbarrier* b, uint32_t mask, int c0, int c1, int c2, int c3) {
   using namespace emulation;
   const TensorShape shape = map.shape;
   const int bytes = 2 * shape.box[0] * shape.box[1] * shape.box[2] * shape.box[3];
   if (shape.box[0] != 64) fail("load_tile: %d elements do not fill the 128 bytes of a swizzled row", shape.box[0]);
   check_shared(to, static_cast<size_t>(bytes), 128, "load_tile");
-  mbarrier_state(b);
-  std::memset(to, 0xff, static_cast<size_t>(bytes));
-  char* shared = emulation::shared_memory();
+  check_shared(b, 8, 8, "an mbarrier");
   const uint32_t address = shared_address(to);
-  tile_copies().by_barrier[b].push_back([=] {
-    const int at[4] = {c0, c1, c2, c3};
-    copy_box(shared, address, shape, at);
-    auto& state = mbarrier_state(b);
-    state.bytes -= bytes;
-    mbarrier_update(state);
-  });
+  for (unsigned int rank = 0; mask >> rank != 0; ++rank) {
+    if ((mask >> rank & 1) == 0) continue;
+    char* const shared = shared_memory_of(rank);
+    Mbarrier* const arrives_at = in_block(b, rank);
+    initialized(arrives_at);
+    std::memset(shared + address, 0xff, static_cast<size_t>(bytes));
+    tile_copies().by_barrier[arrives_at].push_back([=] {
+      const int at[4] = {c0, c1, c2, c3};
+      copy_box(shared, address, shape, at);
+      auto& state = initialized(arrives_at);
+      state.bytes -= bytes;
+      mbarrier_update(state);
+    });
+  }
   progress();
+}
+inline void load_tile(void* to, const TensorMap& map, Mbarrier* b, int c0, int c1, int c2, int c3) {
+  load_tile_to_blocks(to, map, b, 1u << emulation::cluster_rank(), c0, c1, c2, c3);
 }
 
 inline void check_bulk(const void* to, const void* from, int bytes) {

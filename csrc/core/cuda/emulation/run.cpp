@@ -54,8 +54,14 @@ struct Fiber {
   const char* waits_for = "";
 };
 
+struct Cluster {
+  std::vector<Block*> blocks;
+  Barrier barrier;
+};
+
 struct Block {
   dim3 index;
+  Cluster* cluster = nullptr;
   unsigned int threads = 0, running = 0;
   std::vector<Fiber*> fibers;
   Barrier barriers[kBarriers];
@@ -98,6 +104,7 @@ void* take_stack() {
 }
 
 void check_barrier(Block& block, int number);
+void check_cluster(Cluster& cluster);
 
 void enter() {
   (*machine.kernel)();
@@ -106,6 +113,7 @@ void enter() {
   --fiber.block->running;
   ++machine.progress;
   check_barrier(*fiber.block, 0);  // threads that ended count as arrived
+  check_cluster(*fiber.block->cluster);
   switch_context(fiber.context, machine.scheduler);
 }
 
@@ -231,15 +239,24 @@ void check_barrier(Block& block, int number) {
   if (b.arrived > 0 && b.arrived >= expected) release(b);
 }
 
+void check_cluster(Cluster& cluster) {
+  unsigned int running = 0;
+  for (const Block* block : cluster.blocks) running += block->running;
+  Barrier& b = cluster.barrier;
+  if (b.arrived > 0 && b.arrived >= static_cast<int>(running)) release(b);
+}
+
 }  // namespace
 
-void run_grid(dim3 grid, unsigned int threads, size_t shared_bytes, bool together, const std::function<void()>& kernel) {
+void run_grid(dim3 grid, unsigned int threads, size_t shared_bytes, unsigned int together, const std::function<void()>& kernel) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535) {
     fail("a grid of %u x %u x %u blocks of %u threads cannot be launched", grid.x, grid.y, grid.z, threads);
   }
   if (shared_bytes > static_cast<size_t>(current_device().max_shared_bytes)) {
     fail("%zu bytes of shared memory are more than a block may have", shared_bytes);
   }
+  const unsigned int size = together == 0 ? 1 : together;
+  if (size > 8 || grid.x % size != 0) fail("a grid of %u blocks is no whole number of clusters of %u", grid.x, size);
   machine.kernel = &kernel;
   machine.grid = grid;
   machine.threads = threads;
@@ -247,27 +264,53 @@ void run_grid(dim3 grid, unsigned int threads, size_t shared_bytes, bool togethe
   position.threads = dim3(threads, 1, 1);
   position.grid = grid;
   std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  const auto run = [&] {
+    run_blocks(blocks);
+    for (const auto& block : blocks) close_block(*block);
+    blocks.clear();
+    clusters.clear();
+  };
   for (unsigned int z = 0; z < grid.z; ++z) {
     for (unsigned int y = 0; y < grid.y; ++y) {
       for (unsigned int x = 0; x < grid.x; ++x) {
+        if (x % size == 0) clusters.push_back(std::make_unique<Cluster>());
         blocks.push_back(std::make_unique<Block>());
+        blocks.back()->cluster = clusters.back().get();
+        clusters.back()->blocks.push_back(blocks.back().get());
         open_block(*blocks.back(), dim3(x, y, z));
-        if (together) continue;
-        run_blocks(blocks);
-        close_block(*blocks.back());
-        blocks.clear();
+        if (together != 0 && x % size == size - 1) run();
       }
     }
   }
-  if (together) {
-    run_blocks(blocks);
-    for (const auto& block : blocks) close_block(*block);
-  }
+  if (!blocks.empty()) run();
   machine.current = nullptr;
 }
 
 char* shared_memory() { return machine.current->block->shared; }
 size_t shared_bytes() { return machine.shared_bytes; }
+
+unsigned int cluster_rank() {
+  const Block& block = *machine.current->block;
+  return block.index.x % static_cast<unsigned int>(block.cluster->blocks.size());
+}
+
+char* shared_memory_of(unsigned int rank) {
+  const auto& blocks = machine.current->block->cluster->blocks;
+  if (rank >= blocks.size()) fail("block %u is not in a cluster of %zu", rank, blocks.size());
+  if (blocks[rank]->running == 0) fail("block %u of the cluster has ended, and its shared memory with it", rank);
+  return blocks[rank]->shared;
+}
+
+void cluster_barrier() {
+  Cluster& cluster = *machine.current->block->cluster;
+  Barrier& b = cluster.barrier;
+  ++b.arrived;
+  ++machine.progress;
+  const uint64_t round = b.round;
+  check_cluster(cluster);
+  wait_while("the barrier of its cluster", b.round, round);
+}
 
 void yield() {
   Fiber& fiber = *machine.current;

@@ -35,13 +35,19 @@ struct Position {
 };
 extern thread_local Position position;
 
-// Runs `kernel` for every thread of a grid of blocks of `threads` threads. `together`: all blocks at once, so that they may wait
-// for each other; otherwise one after another.
-void run_grid(dim3 grid, unsigned int threads, size_t shared_bytes, bool together, const std::function<void()>& kernel);
+// Runs `kernel` for every thread of a grid of blocks of `threads` threads. `together`: the blocks along x that run at once, so
+// that they may wait for each other: 1, the size of clusters, or 0 for all of the grid.
+void run_grid(dim3 grid, unsigned int threads, size_t shared_bytes, unsigned int together, const std::function<void()>& kernel);
 
 // The shared memory of the running block, aligned to 1024 bytes, and its size.
 char* shared_memory();
 size_t shared_bytes();
+
+// The running block's cluster: its number there, and the shared memory of block `rank`, which must not have ended.
+unsigned int cluster_rank();
+char* shared_memory_of(unsigned int rank);
+// All threads of the cluster that still run.
+void cluster_barrier();
 
 // Lets other threads run. Called in every loop that waits for something another thread does; `progress` is called by whoever does
 // such a thing. A block in which nobody makes progress is an error.
