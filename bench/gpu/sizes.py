@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def samples(op: str, *, tiny: bool = False) -> list[Any]:
         "grouped_gemm": _products,
         "moe_experts": _experts,
         "linear_nll": _nll,
+        "select_tokens": _select,
     }
     if op == "scan_swa":
         found = _scan_swa(recipes)
@@ -212,6 +214,19 @@ def _decode_step(recipes: dict[str, Any]) -> Named:
     }
     yield "odd_bf16", partial(base, seen=(300,), dtype=torch.bfloat16, **odd, **window)
     yield "states_bf16", partial(base, seen=(5,), dtype=torch.bfloat16, **(sizes | {"state": 64}), **window)
+
+
+def _select(recipes: dict[str, Any]) -> Named:
+    base = recipes["ties"]
+    for tokens in (*LENGTHS, 4097, 40960, 40961, 70001):  # one block takes 40960 scores in fp32
+        for tie_break in ("index", "random"):
+            yield f"T{tokens}_{tie_break}", partial(base, (tokens,), tie_break=tie_break, special=tokens > 4)
+    for word, dtype in DTYPES.items():
+        yield f"T50003_{word}", partial(base, (50003,), dtype=dtype, special=True, tie_break="random", seed=3)
+    lengths = tuple(b - a for a, b in pairwise(_PACKED))
+    yield "packed", partial(base, (sum(lengths),), lengths=lengths)
+    yield "packed_several_blocks", partial(base, (90_004,), lengths=(60_001, 0, 3, 30_000))
+    yield "many_segments", partial(base, (4000,), lengths=(7, 0, 1, 12) * 200)
 
 
 def _scan_swa(recipes: dict[str, Any]) -> Named:
