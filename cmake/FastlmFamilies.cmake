@@ -57,5 +57,6 @@ fastlm_sources(moe_dispatch
 fastlm_sources(slm_loss
   ADAPTER checks.cpp select.cpp cpu.cpp
   KERNELS cpu/pack.cpp cpu/forward.cpp cpu/backward.cpp
-  CUDA_ADAPTER cuda_select.cpp
-  CUDA cuda/select.cu cuda/compact.cu)
+  CUDA_ADAPTER cuda.cpp cuda_select.cpp
+  CUDA cuda/select.cu cuda/compact.cu cuda/plan.cu cuda/rows.cu cuda/forward_bf16.cu cuda/forward_fp16.cu
+       cuda/forward_float.cu cuda/backward_bf16.cu cuda/backward_fp16.cu cuda/backward_float.cu)

@@ -249,6 +249,7 @@ def test_errors(args, kwargs, text):
         conformance.assert_same_error(function, Call(args, kwargs), ValueError, f"linear_nll: {text}")
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(
     ("labels", "options", "text"),
     [

@@ -1,0 +1,8 @@
+// The backward pass of float16.
+#include "ops/slm_loss/cuda/backward.cuh"
+
+namespace fastlm::slm_loss::cuda {
+
+template cudaError_t run_backward<float16>(const BackwardCall&, cudaStream_t);
+
+}  // namespace fastlm::slm_loss::cuda

@@ -1,0 +1,8 @@
+// The forward pass of bfloat16.
+#include "ops/slm_loss/cuda/forward.cuh"
+
+namespace fastlm::slm_loss::cuda {
+
+template cudaError_t run_forward<bfloat16>(const ForwardCall&, cudaStream_t);
+
+}  // namespace fastlm::slm_loss::cuda
