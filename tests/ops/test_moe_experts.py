@@ -378,6 +378,7 @@ def test_error_in_the_dtype_of_weights_beside_bfloat16(weights):
     conformance.assert_same_error(ops.moe_experts, call, ValueError, text)
 
 
+@pytest.mark.host_values
 @pytest.mark.parametrize(("bad", "at"), [(4, 9), (-2, 0), (2**32, 3)])
 def test_errors_in_ids(bad, at):
     ids = _ids(5, 2)
