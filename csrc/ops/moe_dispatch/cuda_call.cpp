@@ -1,6 +1,6 @@
 #include "ops/moe_dispatch/cuda_call.h"
 
-#include "ops/moe_dispatch/cuda/temporary_plan.h"
+#include "ops/moe_dispatch/cuda/plan.h"
 
 namespace fastlm::moe_dispatch {
 
@@ -23,26 +23,26 @@ OptionalTensor in_acc(const OptionalTensor& t, const Tensor& like) {
   return t.has_value() ? OptionalTensor(in_acc(*t, like)) : OptionalTensor();
 }
 
-DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts, const OptionalTensor& weights, DType dtype,
-                       const Tensor& like) {
-  const int64_t rows = topk_ids.numel(), top_k = topk_ids.size(1);
-  const auto integers = [&](int64_t n) { return empty({n}, ScalarType::Int, like); };
-  DevicePlan plan{integers(experts + 1), integers(rows), integers(rows), integers(rows), {}, {}};
-  const cudaStream_t stream = current_stream(like);
-  const Tensor ids = torch::stable::contiguous(topk_ids);
-  check_launch(op, cuda::launch_temporary_plan(
-                       {ids.data_ptr(), ids.scalar_type() == ScalarType::Long, rows, experts, mutable_data<int32_t>(plan.offsets),
-                        mutable_data<int32_t>(plan.perm), mutable_data<int32_t>(plan.inv)},
-                       stream));
+DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts) {
+  const int64_t rows = topk_ids.numel();
+  const auto integers = [&](int64_t n) { return empty({n}, ScalarType::Int, topk_ids); };
+  DevicePlan plan{integers(experts + 1), integers(rows), integers(rows), integers(rows), {}};
   plan.rows = {plan.offsets.data_ptr(), false, experts, rows, nullptr, 0};
-  if (weights.has_value()) plan.weight = empty({rows}, weights->scalar_type(), like);
-  const cuda::PicksCall picks{data<int32_t>(plan.perm),
-                              rows,
-                              top_k,
-                              pointer(weights),
-                              mutable_data<int32_t>(plan.token),
-                              weights.has_value() ? plan.weight->data_ptr() : nullptr};
-  check_launch(op, cuda::launch_picks(picks, dtype, stream));
+  const Tensor workspace = empty({static_cast<int64_t>(cuda::plan_workspace(rows, experts))}, ScalarType::Byte, topk_ids);
+  cuda::PlanCall call{};
+  call.ids = topk_ids.data_ptr();
+  call.ids_64 = topk_ids.scalar_type() == ScalarType::Long;
+  call.token_stride = topk_ids.stride(0);
+  call.pick_stride = topk_ids.stride(1);
+  call.slots = rows;
+  call.experts = experts;
+  call.top_k = topk_ids.size(1);
+  call.offsets = mutable_data<int32_t>(plan.offsets);
+  call.perm = mutable_data<int32_t>(plan.perm);
+  call.inv = mutable_data<int32_t>(plan.inv);
+  call.tokens = mutable_data<int32_t>(plan.token);
+  call.workspace = workspace.data_ptr();
+  check_launch(op, cuda::launch_plan(call, current_stream(topk_ids)));
   return plan;
 }
 

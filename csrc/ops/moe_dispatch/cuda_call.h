@@ -32,13 +32,10 @@ inline const void* pointer(const OptionalTensor& t) { return t.has_value() ? t->
 // The order of picks by expert, on the device.
 struct DevicePlan {
   Tensor offsets, perm, inv;
-  Tensor token;           // (R,) of each sorted row
-  OptionalTensor weight;  // (R,) acc: what the row counts
+  Tensor token;  // (R,) of each sorted row
   gemm::Ragged rows;
 };
-// `weights`: (T, k) acc contiguous, or null.
-DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts, const OptionalTensor& weights, DType dtype,
-                       const Tensor& like);
+DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts);
 
 // Rows of a (T, columns) matrix in the order of the plan: read by index, or copied to `to`, (R, columns), if that is given.
 gemm::Matrix sorted_rows(const char* op, const Tensor& t, const DevicePlan& plan, const OptionalTensor& to);

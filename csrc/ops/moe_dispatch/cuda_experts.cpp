@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> cuda_experts_forward(Tensor hidden_states, Tensor gat
   const Tensor kept = keep_gate_up ? empty({tokens * top_k, width}, scalar, hidden_states) : no_tensor(scalar, hidden_states);
   if (tokens == 0) return {out, kept};
 
-  const DevicePlan plan = device_plan(op, topk_ids, experts, {}, dtype, hidden_states);
+  const DevicePlan plan = device_plan(op, topk_ids, experts);
   const int64_t rows = plan.rows.rows;
   const Tensor x = lines_of(hidden_states);
   const DeviceWeight first = device_weight(gate_up_proj, 2), second = device_weight(down_proj, 2);

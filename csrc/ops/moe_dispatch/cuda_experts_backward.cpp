@@ -48,9 +48,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_experts_backward
                                                                            dweights, dgate_up_bias, ddown_bias};
   if (!need_dhidden_states && !need_dproj && !need_dtopk_weights) return outputs;
 
-  const OptionalTensor weights = in_acc(grad_weights.has_value() ? *grad_weights : topk_weights, hidden_states);
-  const DevicePlan plan = device_plan(op, topk_ids, experts, weights, dtype, hidden_states);
+  const Tensor weights = in_acc(grad_weights.has_value() ? *grad_weights : topk_weights, hidden_states);
+  const DevicePlan plan = device_plan(op, topk_ids, experts);
   const int64_t rows = plan.rows.rows;
+  const Tensor weight = fresh({rows}, acc);  // of sorted rows
+  check_launch(op, cuda::launch_weights({data<int32_t>(plan.perm), rows, weights.data_ptr(), weight.data_ptr()}, dtype, stream));
   const Tensor x = lines_of(hidden_states), dy = lines_of(dout);
   const DeviceWeight first = device_weight(gate_up_proj, 2), down_back = device_weight(down_proj, 1);
   const OptionalTensor first_bias = in_acc(gate_up_proj_bias, x);
@@ -98,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_experts_backward
   gate.gated = gated;
   gate.activation = kind;
   gate.gate_up = kept.data_ptr();
-  gate.weight = pointer(plan.weight);
+  gate.weight = weight.data_ptr();
   gate.dgate_up = pointer_to(dgate_up);
   gate.weighted_act = pointer_to(weighted_act);
   gate.shares = pointer_to(shares);
@@ -114,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_experts_backward
     check_launch(op, cuda::launch_outer(of_down, dtype, stream));
     check_launch(op, cuda::launch_outer(of_gate, dtype, stream));
   }
-  if (need_down_bias) sum_rows(op, plan, gate.of.product.a, pointer(plan.weight), ddown_bias, dtype, x);
+  if (need_down_bias) sum_rows(op, plan, gate.of.product.a, weight.data_ptr(), ddown_bias, dtype, x);
   if (need_gate_up_bias) sum_rows(op, plan, width_rows, nullptr, dgate_up_bias, dtype, x);
   if (need_dhidden_states) {
     const DeviceWeight first_back = device_weight(gate_up_proj, 1);

@@ -43,10 +43,10 @@ cudaError_t launch_outer(const OuterCall& call, DType dtype, cudaStream_t stream
   return visit_dtype(dtype, [&]<class T>() { return outer_of<T>(call, stream); });
 }
 
-cudaError_t launch_picks(const PicksCall& call, DType dtype, cudaStream_t stream) {
+cudaError_t launch_weights(const WeightsCall& call, DType dtype, cudaStream_t stream) {
   if (call.rows == 0) return cudaSuccess;
-  return dtype == DType::kFloat64 ? launch<picks_kernel<double>>(blocks(call.rows), kRowThreads, 0, stream, call)
-                                  : launch<picks_kernel<float>>(blocks(call.rows), kRowThreads, 0, stream, call);
+  return dtype == DType::kFloat64 ? launch<weights_kernel<double>>(blocks(call.rows), kRowThreads, 0, stream, call)
+                                  : launch<weights_kernel<float>>(blocks(call.rows), kRowThreads, 0, stream, call);
 }
 
 cudaError_t launch_copy(const CopyCall& call, DType dtype, cudaStream_t stream) {

@@ -53,13 +53,12 @@ struct OuterCall {
   void* out;  // (E, m, n)
 };
 
-// What belongs to sorted row r: token[r] = perm[r] / k, weight[r] = weights[perm[r]].
-struct PicksCall {
+// weight[r] = weights[perm[r]].
+struct WeightsCall {
   const int32_t* perm;  // (R,)
-  int64_t rows, top_k;
-  const void* weights;  // (T, k) acc, or null
-  int32_t* token;       // (R,)
-  void* weight;         // (R,) acc, or null
+  int64_t rows;
+  const void* weights;  // (T, k) acc
+  void* weight;         // (R,) acc
 };
 
 // to[r] = from[token[r]] for the rows of experts.
@@ -119,7 +118,7 @@ cudaError_t launch_gate(const GateCall& call, DType dtype, cudaStream_t stream);
 cudaError_t launch_down(const DownCall& call, DType dtype, cudaStream_t stream);
 cudaError_t launch_gate_backward(const GateBackwardCall& call, DType dtype, cudaStream_t stream);
 cudaError_t launch_outer(const OuterCall& call, DType dtype, cudaStream_t stream);
-cudaError_t launch_picks(const PicksCall& call, DType dtype, cudaStream_t stream);
+cudaError_t launch_weights(const WeightsCall& call, DType dtype, cudaStream_t stream);
 cudaError_t launch_copy(const CopyCall& call, DType dtype, cudaStream_t stream);
 cudaError_t launch_clear(const ClearCall& call, DType dtype, cudaStream_t stream);
 cudaError_t launch_combine(const CombineCall& call, DType dtype, cudaStream_t stream);

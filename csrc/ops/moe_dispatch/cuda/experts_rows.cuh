@@ -53,12 +53,9 @@ struct RowTeams {
 };
 
 template <class A>
-__global__ void __launch_bounds__(kRowThreads) picks_kernel(const __grid_constant__ PicksCall p) {
+__global__ void __launch_bounds__(kRowThreads) weights_kernel(const __grid_constant__ WeightsCall p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-  if (row >= p.rows) return;
-  const int64_t slot = clamped(p.perm[row], 0, p.rows - 1);
-  p.token[row] = static_cast<int32_t>(slot / p.top_k);
-  if (p.weight != nullptr) static_cast<A*>(p.weight)[row] = static_cast<const A*>(p.weights)[slot];
+  if (row < p.rows) static_cast<A*>(p.weight)[row] = static_cast<const A*>(p.weights)[clamped(p.perm[row], 0, p.rows - 1)];
 }
 
 template <class T, int kWidth>
