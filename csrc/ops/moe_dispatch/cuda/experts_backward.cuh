@@ -12,7 +12,6 @@ namespace fastlm::moe_dispatch::cuda {
 template <class T, bool kGated>
 struct GateBackwardEpilogue {
   static constexpr int kParts = 1;
-  static constexpr bool kFast = sizeof(T) == 2;
   const T* gate_up;  // (R, n), with a gate (R, 2 n); a lane reads no element that another one writes, if dgate_up is the same
   const acc_t<T>* weight;  // (R,)
   T* dgate_up;             // like gate_up, or null
@@ -24,20 +23,11 @@ struct GateBackwardEpilogue {
 
   template <int kCount, class A>
   __device__ __forceinline__ void operator()(const Slab& slab, A (&d)[kCount]) const {
-    switch (activation) {
-      case Activation::kSilu:
-        return apply<Silu<kFast>>(slab, d);
-      case Activation::kGeluTanh:
-        return apply<GeluTanh<kFast>>(slab, d);
-      case Activation::kRelu:
-        return apply<Relu>(slab, d);
-      case Activation::kRelu2:
-        return apply<Relu2>(slab, d);
-    }
+    with_activation<sizeof(T) == 2, A>(activation, [&](const auto& f) { apply(slab, d, f); });
   }
 
   template <class F, int kCount, class A>
-  __device__ __forceinline__ void apply(const Slab& slab, const A (&d)[kCount]) const {
+  __device__ __forceinline__ void apply(const Slab& slab, const A (&d)[kCount], const F& f) const {
     using P = Pieces<kCount>;
     const int64_t n = slab.columns, width = kGated ? 2 * n : n;
 #pragma unroll
@@ -58,7 +48,7 @@ struct GateBackwardEpilogue {
 #pragma unroll
         for (int v = 0; v < P::kValues; ++v) {
           A value, slope;
-          F::both(gate[v], value, slope);
+          f.both(gate[v], value, slope);
           const A da = line.has(v) ? d[P::place(i, q, v)] : A(0), weighted = da * w;
           A full = value;
           if constexpr (kGated) {

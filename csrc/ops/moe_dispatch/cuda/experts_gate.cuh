@@ -11,7 +11,6 @@ namespace fastlm::moe_dispatch::cuda {
 template <class T, bool kGated>
 struct GateEpilogue {
   static constexpr int kParts = kGated ? 2 : 1;
-  static constexpr bool kFast = sizeof(T) == 2;
   T* act;                // (R, n) or null
   T* gate_up;            // (R, kParts n) or null
   const acc_t<T>* bias;  // (E, kParts n) or null
@@ -20,20 +19,11 @@ struct GateEpilogue {
 
   template <int kCount, class A>
   __device__ __forceinline__ void operator()(const Slab& slab, A (&d)[kCount]) const {
-    switch (activation) {
-      case Activation::kSilu:
-        return apply<Silu<kFast>>(slab, d);
-      case Activation::kGeluTanh:
-        return apply<GeluTanh<kFast>>(slab, d);
-      case Activation::kRelu:
-        return apply<Relu>(slab, d);
-      case Activation::kRelu2:
-        return apply<Relu2>(slab, d);
-    }
+    with_activation<sizeof(T) == 2, A>(activation, [&](const auto& f) { apply(slab, d, f); });
   }
 
   template <class F, int kCount, class A>
-  __device__ __forceinline__ void apply(const Slab& slab, const A (&d)[kCount]) const {
+  __device__ __forceinline__ void apply(const Slab& slab, const A (&d)[kCount], const F& f) const {
     constexpr int kPart = kCount / kParts;
     using P = Pieces<kPart>;
     const int64_t n = slab.columns;
@@ -64,7 +54,7 @@ struct GateEpilogue {
         if (act == nullptr) continue;
 #pragma unroll
         for (int v = 0; v < P::kValues; ++v) {
-          first[v] = F::value(first[v]);
+          first[v] = f.value(first[v]);
           if constexpr (kGated) first[v] *= up[v];
         }
         line.store(act + row * n + column, first);
