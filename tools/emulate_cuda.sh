@@ -13,12 +13,13 @@ build="$root/build/emulate-cuda"
   "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step;grin_route;moe_dispatch"
 "$bin/cmake" --build "$build" --parallel "${JOBS:-2}"
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
-some="$root/tests/cuda/test_attention_tiles.py $root/tests/cuda/test_scan_forms.py"
+some="$root/tests/cuda/test_attention_tiles.py $root/tests/cuda/test_scan_forms.py $root/tests/cuda/test_experts_forms.py"
 all="$root/tests/cuda/test_device_values.py"
 for family in causal_conv1d selective_scan selective_state samba_decode; do
   for file in "$root/tests/ops/test_$family"*.py; do all="$all $file"; done
 done
 for family in sliding_window scan_swa grouped_gemm; do
+for family in sliding_window scan_swa moe_experts; do
   for file in "$root/tests/ops/test_$family"*.py; do some="$some $file"; done
 done
 run() {

@@ -28,6 +28,7 @@ NAMES = (
     "state_batch_indices",
     "seq_idx",
     "offsets",
+    "topk_ids",
 )
 OPERATORS = (
     "causal_conv1d",
@@ -43,6 +44,8 @@ OPERATORS = (
     "samba_decode_step",
     "grouped_gemm",
     "grouped_gemm_backward",
+    "moe_experts",
+    "moe_experts_backward",
 )
 
 
