@@ -52,12 +52,11 @@ fastlm_sources(grin_route
 fastlm_sources(moe_dispatch
   ADAPTER checks.cpp plan.cpp cpu.cpp experts.cpp
   KERNELS cpu/forward.cpp cpu/backward.cpp
-  CUDA_ADAPTER cuda_plan.cpp cuda.cpp
-  CUDA cuda/plan.cu cuda/gemm.cu cuda/gemm_bf16.cu cuda/gemm_fp16.cu cuda/gemm_float.cu cuda/gemm_double.cu)
-  CUDA_ADAPTER cuda_call.cpp cuda_experts.cpp cuda_experts_backward.cpp
-  CUDA cuda/experts.cu cuda/experts_gate_bf16.cu cuda/experts_gate_fp16.cu cuda/experts_gate_float.cu
+  CUDA_ADAPTER cuda_plan.cpp cuda.cpp cuda_call.cpp cuda_experts.cpp cuda_experts_backward.cpp
+  CUDA cuda/plan.cu cuda/gemm.cu cuda/gemm_bf16.cu cuda/gemm_fp16.cu cuda/gemm_float.cu cuda/gemm_double.cu
+       cuda/experts.cu cuda/experts_gate_bf16.cu cuda/experts_gate_fp16.cu cuda/experts_gate_float.cu
        cuda/experts_down_bf16.cu cuda/experts_down_fp16.cu cuda/experts_down_float.cu
-       cuda/experts_backward_bf16.cu cuda/experts_backward_fp16.cu cuda/experts_backward_float.cu cuda/temporary_plan.cu)
+       cuda/experts_backward_bf16.cu cuda/experts_backward_fp16.cu cuda/experts_backward_float.cu)
 fastlm_sources(slm_loss
   ADAPTER checks.cpp select.cpp cpu.cpp
   KERNELS cpu/pack.cpp cpu/forward.cpp cpu/backward.cpp

@@ -10,18 +10,21 @@ build="$root/build/emulate-cuda"
 "$bin/cmake" -S "$root" -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$bin/python" \
   -Dpybind11_DIR="$("$bin/python" -m pybind11 --cmakedir)" -DFASTLM_EMULATE_CUDA=ON -DFASTLM_CUDA=OFF \
   "-DFASTLM_SANITIZE=address;undefined" "-DFASTLM_CPU_LEVELS=default" \
-  "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step;grin_route;moe_dispatch"
+  "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step;grin_route;moe_dispatch;slm_loss"
 "$bin/cmake" --build "$build" --parallel "${JOBS:-2}"
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
-some="$root/tests/cuda/test_attention_tiles.py $root/tests/cuda/test_scan_forms.py $root/tests/cuda/test_experts_forms.py"
-all="$root/tests/cuda/test_device_values.py"
-for family in causal_conv1d selective_scan selective_state samba_decode; do
-  for file in "$root/tests/ops/test_$family"*.py; do all="$all $file"; done
-done
-for family in sliding_window scan_swa grouped_gemm; do
-for family in sliding_window scan_swa moe_experts; do
-  for file in "$root/tests/ops/test_$family"*.py; do some="$some $file"; done
-done
+# What has kernels of its own on sm_90a, and what has not.
+some="attention_tiles scan_forms experts_forms loss_forms"
+all="device_values route_forms select_forms"
+tests() {
+  folder=$1
+  shift
+  for name in "$@"; do
+    for file in "$root/tests/$folder/test_$name"*.py; do echo "$file"; done
+  done
+}
+some="$(tests cuda $some) $(tests ops sliding_window scan_swa grouped_gemm moe_experts linear_nll)"
+all="$(tests cuda $all) $(tests ops causal_conv1d selective_scan selective_state samba_decode grin_route moe_dispatch select_tokens)"
 run() {
   FASTLM_EMULATED_ARCH=$1 FASTLM_EMULATED_SCHEDULE=$2
   export FASTLM_EMULATED_ARCH FASTLM_EMULATED_SCHEDULE
