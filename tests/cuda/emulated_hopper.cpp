@@ -128,6 +128,52 @@ bool tile(bool wait = true, int arrivals = 1) {
   return true;
 }
 
+// Blocks of a cluster copy one half of a tile of 32 positions each, to both of them, for two rounds in the same place.
+__global__ void share_tiles(const __grid_constant__ TensorMap map, float* out, bool wait, bool stay) {
+  char* shared = shared_memory();
+  auto* full = reinterpret_cast<Mbarrier*>(shared + 4096);
+  auto* empty = full + 1;
+  const int lane = static_cast<int>(threadIdx.x), rank = cluster_rank();
+  if (lane == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, 2);
+    mbarrier_fence_init();
+  }
+  cluster_sync();
+  for (int round = 0; round < 2; ++round) {
+    if (lane == 0) {
+      if (wait) mbarrier_wait(empty, round ^ 1);
+      mbarrier_arrive_expect(full, 4096);
+      load_tile_to_blocks(shared + 2048 * rank, map, full, 3, 0, 32 * round + 16 * rank, 0, 0);
+    }
+    mbarrier_wait(full, round);
+    for (int row = 0; row < 32; ++row) {
+      for (int i = 0; i < 2; ++i) {
+        bfloat16 x;
+        std::memcpy(&x, shared + swizzled_byte(row, lane + 32 * i), 2);
+        out[((blockIdx.x * 2 + round) * 32 + row) * 64 + lane + 32 * i] = to_acc(x);
+      }
+    }
+    __syncwarp();
+    mbarrier_arrive_at(empty, lane % 2, lane < 2);
+  }
+  if (stay || rank == 1) cluster_sync();
+}
+
+bool cluster(bool wait = true, bool stay = true, unsigned int blocks = 4) {
+  alignas(16) static bfloat16 tensor[64 * 64];
+  for (int i = 0; i < 64 * 64; ++i) tensor[i] = from_acc<bfloat16>(static_cast<float>(i % 251));
+  TensorMap map;
+  if (make_tensor_map(map, DType::kBFloat16, {tensor, {64, 64, 1, 1}, {128, 16, 16}, {64, 16, 1, 1}}) != cudaSuccess)
+    return false;
+  std::vector<float> out(4 * 64 * 64, -1.0f);
+  launch_clusters<share_tiles>(2, dim3(blocks), 32, 8192, nullptr, map, out.data(), wait, stay);
+  for (int i = 0; i < 4 * 64 * 64; ++i) {
+    if (!(out[static_cast<size_t>(i)] == static_cast<float>(i % 4096 % 251))) return false;
+  }
+  return true;
+}
+
 __global__ void use_before_init() { mbarrier_arrive(reinterpret_cast<Mbarrier*>(shared_memory())); }
 
 // Phases: 0 ends, then 1; a wait for the one before the current passes.
@@ -187,6 +233,10 @@ int main(int, char** argv) {
       {"tile", [] { return tile(); }},
       {"phases", all_phases},
       {"bulk", bulk},
+      {"cluster", [] { return cluster(); }},
+      {"cluster_without_wait", [] { return cluster(false); }},
+      {"block_that_leaves", [] { return cluster(true, false); }},
+      {"half_a_cluster", [] { return cluster(true, true, 3); }},
       {"product_without_wait", [] { return product(Major::kK, Major::kK, false, true, false); }},
       {"tile_without_wait", [] { return tile(false); }},
       {"product_without_fence", [] { return product(Major::kK, Major::kK, false, false); }},

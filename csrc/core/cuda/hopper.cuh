@@ -75,29 +75,21 @@ __device__ __forceinline__ int cluster_rank() {
 }
 // By all threads of all blocks. After the mbarriers' inits, and before a block ends that others may still write to.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// An arrival at the barrier that lies where b lies here, in block `rank`.
-__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* b, int rank) {
+// An arrival at the barrier that lies where b lies here, in block `rank`. It orders what products and tile copies did; for stores
+// of threads it would have to say .release.cluster, which costs a fence of the whole device.
+// Threads with `arrive` only, by a predicate: a branch would end the warp's uniform code.
+__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* b, int rank, bool arrive) {
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
+      ".reg .pred arrive;\n"
+      "setp.ne.s32 arrive, %2, 0;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "@arrive mbarrier.arrive.shared::cluster.b64 _, [there];\n"
       "}\n" ::"r"(shared_address(b)),
-      "r"(rank)
-      : "memory");
-}
-// mbarrier_wait for a barrier that other blocks arrive at.
-__device__ __forceinline__ void mbarrier_wait_cluster(Mbarrier* b, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(b)),
-      "r"(parity)
+      "r"(rank), "r"(static_cast<int>(arrive))
       : "memory");
 }
 

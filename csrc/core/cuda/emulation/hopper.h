@@ -275,11 +275,11 @@ inline void mbarrier_wait(Mbarrier* b, int parity) {
 
 inline int cluster_rank() { return static_cast<int>(emulation::cluster_rank()); }
 inline void cluster_sync() { emulation::cluster_barrier(); }
-inline void mbarrier_arrive_at(Mbarrier* b, int rank) {
+inline void mbarrier_arrive_at(Mbarrier* b, int rank, bool arrive) {
+  if (!arrive) return;
   emulation::check_shared(b, 8, 8, "an mbarrier");
   emulation::mbarrier_arrival(emulation::initialized(emulation::in_block(b, static_cast<unsigned int>(rank))));
 }
-inline void mbarrier_wait_cluster(Mbarrier* b, int parity) { mbarrier_wait(b, parity); }
 
 inline void fence_async_shared() {}
 inline void fence_async_global() {}

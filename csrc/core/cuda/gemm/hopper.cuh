@@ -102,13 +102,6 @@ __device__ __forceinline__ void hopper_producer(Tiles& tiles, const HopperOperan
   constexpr int kHalf = S::kColumns / 2;
   constexpr int kBoxA = kA == Layout::kDepth ? S::kRows : 64, kBoxB = kB == Layout::kDepth ? kHalf : 64;
   const int rank = kBlocks == 1 ? 0 : cluster_rank();
-  const auto wait_empty = [&](const HopperRing& ring) {
-    if constexpr (kBlocks == 1) {
-      mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
-    } else {
-      mbarrier_wait_cluster(shared.empty + ring.stage, ring.parity ^ 1);
-    }
-  };
   HopperRing ring;
   Tile tile;
   while (tiles.next(tile)) {
@@ -120,8 +113,9 @@ __device__ __forceinline__ void hopper_producer(Tiles& tiles, const HopperOperan
     const auto row_of = [&](int i) { return row + i; };
     const auto column_of = [&](int i) { return i < kHalf ? column + i : second + i - kHalf; };
     const int steps = steps_of(tile);
+#pragma unroll 1
     for (int i = 0; i < steps; ++i) {
-      wait_empty(ring);
+      mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
       if (i == 0) shared.tiles[ring.stage] = tile;
       Mbarrier* const full = shared.full + ring.stage;
       mbarrier_arrive_expect(full, S::kStageBytes);
@@ -132,7 +126,7 @@ __device__ __forceinline__ void hopper_producer(Tiles& tiles, const HopperOperan
       ring.step();
     }
   }
-  wait_empty(ring);
+  mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
   shared.tiles[ring.stage].group = -1;
   mbarrier_arrive(shared.full + ring.stage);
 }
@@ -166,7 +160,7 @@ __device__ __forceinline__ void hopper_consumer(const HopperShared& shared, int 
     if constexpr (kBlocks == 1) {
       if (lane == 0) mbarrier_arrive(shared.empty + stage);
     } else {
-      if (lane < kBlocks) mbarrier_arrive_at(shared.empty + stage, lane);
+      mbarrier_arrive_at(shared.empty + stage, lane % kBlocks, lane < kBlocks);
     }
   };
   HopperRing ring;
@@ -218,23 +212,29 @@ __device__ __forceinline__ void hopper_product(Tiles& tiles, const HopperOperand
     prefetch_map(operands.b);
     shared.open<kBlocks>();
   }
-  __syncwarp();
   if constexpr (kBlocks == 1) {
     __syncthreads();
   } else {
     cluster_sync();
   }
+  // At the end the other block may still write here. Each role waits for itself: were they to come together again before that,
+  // the compiler would take their loops for divergent and keep addresses out of uniform registers.
+  const auto leave = [] {
+    if constexpr (kBlocks > 1) cluster_sync();
+  };
   if (warpgroup == 0) {
     give_registers<40>();
-    if (thread == 0) hopper_producer<kA, kB, Epilogue::kParts, kBlocks>(tiles, operands, shared, n, k);
-  } else {
-    take_registers<232>();
-    hopper_consumer<T, kA, kB, kBlocks>(shared, warpgroup - 1, thread % 128, n, epilogue);
+    if (thread == 0) {
+      hopper_producer<kA, kB, Epilogue::kParts, kBlocks>(tiles, operands, shared, n, k);
+      leave();
+      return;
+    }
+    leave();
+    return;
   }
-  if constexpr (kBlocks > 1) {
-    __syncwarp();
-    cluster_sync();  // the other block may still write here
-  }
+  take_registers<232>();
+  hopper_consumer<T, kA, kB, kBlocks>(shared, warpgroup - 1, thread % 128, n, epilogue);
+  leave();
 }
 
 template <class T, Layout kB, int kBlocks, class Epilogue>
