@@ -217,7 +217,8 @@ def _differentiable_gradients(
     assert hidden is not None
     assert weight is not None
     acc = _loss_dtype(hidden)
-    valid = labels != ignore_index
+    # CUDA takes any labels, and those that are no words as ignored.
+    valid = (labels != ignore_index) & (labels >= 0) & (labels < weight.shape[0])
     rows = hidden[valid].to(acc)
     logits = rows @ weight.to(acc).T
     if bias is not None:

@@ -416,6 +416,8 @@ def _divisor(
             if normalizer == "valid":
                 torch.distributed.all_reduce(total, group=group)
             total = total / torch.distributed.get_world_size(group)
+    elif isinstance(normalizer, Tensor):
+        total = normalizer.to(valid.device)
     else:
-        total = torch.as_tensor(normalizer, device=valid.device)
+        total = torch.full((), normalizer, device=valid.device)  # no copy from the host: CUDA graphs
     return torch.where(total == 0, 1, total)
