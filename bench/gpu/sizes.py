@@ -40,6 +40,8 @@ def samples(op: str, *, tiny: bool = False) -> list[Any]:
         "moe_experts": _experts,
         "linear_nll": _nll,
         "select_tokens": _select,
+        "grin_route": _route,
+        "moe_plan": _plan,
     }
     if op == "scan_swa":
         found = _scan_swa(recipes)
@@ -227,6 +229,24 @@ def _select(recipes: dict[str, Any]) -> Named:
     yield "packed", partial(base, (sum(lengths),), lengths=lengths)
     yield "packed_several_blocks", partial(base, (90_004,), lengths=(60_001, 0, 3, 30_000))
     yield "many_segments", partial(base, (4000,), lengths=(7, 0, 1, 12) * 200)
+def _route(recipes: dict[str, Any]) -> Named:
+    base = recipes["seed"]
+    for experts in (2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 515):
+        for word, dtype in DTYPES.items():
+            yield f"E{experts}_{word}", partial(base, 67, experts, dtype=dtype)
+    for tokens in (1, 31, 33, 1030, 70_000):
+        yield f"T{tokens}_bf16", partial(base, tokens, 16, dtype=torch.bfloat16)
+        yield f"T{tokens}_eval", partial(base, tokens, 64, random="", near=False, top_k=8)
+    yield "everyone_E64", partial(recipes["noise"], 300, 64, jitter_eps=10.0, top_k=8)
+
+
+def _plan(recipes: dict[str, Any]) -> Named:
+    base = recipes["plain"]
+    for experts in (1, 16, 371, 372, 1364, 1365, 5000):
+        for tokens in (1, 1023, 1025, 4096, 4097):
+            yield f"T{tokens}_E{experts}", partial(base, tokens, 2, experts)
+    for routing in ("one_pair", "twice", "some_left_out", "none"):
+        yield f"{routing}_E64", partial(base, 40_000, 8, 64, routing, torch.int32)
 
 
 def _scan_swa(recipes: dict[str, Any]) -> Named:
