@@ -214,9 +214,12 @@ __device__ __forceinline__ uint32_t survivors(const Quad<A>& quad, int first, co
   uint32_t kept = 0;
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
+    // 1 / 1 for those not asked about: a numerator of 0, which the largest has, would take the division's slow path.
+    const bool other = quad.rank[i] != kPicked<A> && first + i != top.expert;
     const A size = quad.logit[i] < A(0) ? -quad.logit[i] : quad.logit[i];
-    const bool dropped = quotient(top.logit - quad.logit[i], size > top.logit ? size : top.logit) > threshold;
-    if (!dropped && quad.rank[i] != kPicked<A> && first + i != top.expert) kept |= 1u << i;
+    const A gap = other ? top.logit - quad.logit[i] : A(1);
+    const bool dropped = quotient(gap, other ? (size > top.logit ? size : top.logit) : A(1)) > threshold;
+    if (other && !dropped) kept |= 1u << i;
   }
   return kept;
 }
