@@ -24,18 +24,8 @@ tests() {
   done
 }
 some="$(tests cuda $some) $(tests ops sliding_window scan_swa grouped_gemm moe_experts linear_nll)"
-all="$(tests cuda $all) $(tests ops causal_conv1d selective_scan selective_state samba_decode grin_route moe_dispatch select_tokens)"
-  "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step;slm_loss"
-"$bin/cmake" --build "$build" --parallel "${JOBS:-2}"
-preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
-some="$root/tests/cuda/test_attention_tiles.py $root/tests/cuda/test_scan_forms.py $root/tests/cuda/test_loss_forms.py"
-all="$root/tests/cuda/test_device_values.py"
-for family in causal_conv1d selective_scan selective_state samba_decode linear_ select_tokens slm_loss; do
-  for file in "$root/tests/ops/test_$family"*.py; do all="$all $file"; done
-done
-for family in sliding_window scan_swa; do
-  for file in "$root/tests/ops/test_$family"*.py; do some="$some $file"; done
-done
+all="$(tests cuda $all) $(tests ops causal_conv1d selective_scan selective_state samba_decode grin_route moe_dispatch)
+$(tests ops select_tokens slm_loss linear_cross)"
 run() {
   FASTLM_EMULATED_ARCH=$1 FASTLM_EMULATED_SCHEDULE=$2
   export FASTLM_EMULATED_ARCH FASTLM_EMULATED_SCHEDULE

@@ -229,6 +229,8 @@ def _select(recipes: dict[str, Any]) -> Named:
     yield "packed", partial(base, (sum(lengths),), lengths=lengths)
     yield "packed_several_blocks", partial(base, (90_004,), lengths=(60_001, 0, 3, 30_000))
     yield "many_segments", partial(base, (4000,), lengths=(7, 0, 1, 12) * 200)
+
+
 def _route(recipes: dict[str, Any]) -> Named:
     base = recipes["seed"]
     for experts in (2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 515):
