@@ -147,6 +147,8 @@ __global__ void share_tiles(const __grid_constant__ TensorMap map, float* out, b
       load_tile_to_blocks(shared + 2048 * rank, map, full, 3, 0, 32 * round + 16 * rank, 0, 0);
     }
     mbarrier_wait(full, round);
+    cluster_sync();
+    for (int i = 0; i < 2 * rank; ++i) fastlm::cuda::pause();  // the second block is slower
     for (int row = 0; row < 32; ++row) {
       for (int i = 0; i < 2; ++i) {
         bfloat16 x;
