@@ -32,7 +32,7 @@ int64_t row_stride(const Head& head, DType dtype) {
 ForwardPlan plan_forward(const Head& head, DType dtype, bool entropy) {
   ForwardPlan plan{};
   plan.stride = row_stride(head, dtype);
-  const Wave wave{kMostRows, plan.stride, nullptr, nullptr};
+  const Wave wave{std::min(kMostRows, head.tokens), plan.stride, nullptr, nullptr};
   const auto product = logits_product(head, {}, wave, 0, 0, head.vocab, element_bytes(dtype));
   plan.backend = fastlm::cuda::gemm::row_backend(product, dtype, fastlm::cuda::gemm::Layout::kDepth, 1);
   plan.slabs = ceil_div(head.vocab, fastlm::cuda::gemm::slab_columns(plan.backend, 1));
