@@ -13,9 +13,6 @@ build="$root/build/emulate-cuda"
   "-DFASTLM_OPS=causal_conv1d;selective_scan;sliding_window_attention;scan_swa;samba_decode_step;grin_route;moe_dispatch;slm_loss"
 "$bin/cmake" --build "$build" --parallel "${JOBS:-2}"
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)"
-# What has kernels of its own on sm_90a, and what has not.
-some="attention_tiles scan_forms experts_forms loss_forms"
-all="device_values route_forms select_forms"
 tests() {
   folder=$1
   shift
@@ -23,9 +20,12 @@ tests() {
     for file in "$root/tests/$folder/test_$name"*.py; do echo "$file"; done
   done
 }
-some="$(tests cuda $some) $(tests ops sliding_window scan_swa grouped_gemm moe_experts linear_nll)"
-all="$(tests cuda $all) $(tests ops causal_conv1d selective_scan selective_state samba_decode grin_route moe_dispatch)
-$(tests ops select_tokens slm_loss linear_cross)"
+# What has kernels of its own on sm_90a, and what has not. Of products of matrices, whose tiles are large whatever the size, a few.
+some="$(tests cuda attention_tiles scan_forms) $(tests ops sliding_window scan_swa)"
+all="$(tests cuda device_values) $(tests ops causal_conv1d selective_scan selective_state samba_decode select_tokens grin_route)"
+products="$(tests ops grouped_gemm moe_experts moe_dispatch linear_nll)"
+few="past_a_tile_bfloat16 or everything or transposed_bfloat16 or softcap_entropy or rows_behind or past_a_tile-"
+left_out="not compile and not opcheck and not large_call and not every_level and not threads"
 run() {
   FASTLM_EMULATED_ARCH=$1 FASTLM_EMULATED_SCHEDULE=$2
   export FASTLM_EMULATED_ARCH FASTLM_EMULATED_SCHEDULE
@@ -33,8 +33,10 @@ run() {
   LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64:max_malloc_fill_size=268435456:malloc_fill_byte=255 \
     UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$root/python" FASTLM_LIBRARY_DIR="$build" FASTLM_CPU_CAPABILITY= \
     "$bin/python" -m pytest -q -p no:cacheprovider --capture=sys -n "${JOBS:-2}" \
-    -k "not compile and not opcheck and not large_call and not every_level and not threads" "$@"
+    -k "$left_out" "$@"
 }
 # The tests' paths hold no spaces but the checkout's own.
 run 90 2 $all $some "$@"
 run 80 1 $some "$@"
+run 90 0 $products "$@" -k "($few) and $left_out and not gradcheck"
+run 80 1 $products "$@" -k "($few) and $left_out and not gradcheck"
