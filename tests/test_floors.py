@@ -183,7 +183,7 @@ def cpp_floor(path: str) -> int | None:
     """Floor of a source file, by its place."""
     if path in ("schema.cpp", "module.cpp"):
         return 3
-    if re.match(r"ops/\w+/(params\.h$|cpu/|cuda/)", path) or path.startswith("ceilings/"):
+    if re.match(r"ops/\w+/((params|keys)\.h$|cpu/|cuda/)", path) or path.startswith("ceilings/"):
         return 1
     if path.startswith("adapter/") or re.match(r"ops/\w+/[^/]+$", path):
         return 2
