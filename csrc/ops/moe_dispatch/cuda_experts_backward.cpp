@@ -59,8 +59,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_experts_backward
   const bool recomputes = gate_up.dim() != 2;
   const bool need_inner_rows = need_dhidden_states || need_dproj;
   const Tensor kept = recomputes ? fresh({rows, width}, scalar) : torch::stable::contiguous(gate_up);
-  const OptionalTensor dgate_up = !need_inner_rows ? OptionalTensor() : recomputes ? kept : fresh({rows, width}, scalar);
-  const OptionalTensor weighted_act = need_dproj ? OptionalTensor(fresh({rows, inner}, scalar)) : OptionalTensor();
+  OptionalTensor dgate_up;
+  if (need_inner_rows) dgate_up = recomputes ? kept : OptionalTensor(fresh({rows, width}, scalar));
+  OptionalTensor weighted_act;
+  if (need_dproj) weighted_act = fresh({rows, inner}, scalar);
   const auto pointer_to = [](const OptionalTensor& t) { return t.has_value() ? t->data_ptr() : nullptr; };
 
   // The products, with copies of rows where a backend cannot pick them.
@@ -89,14 +91,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_experts_backward
   // Gradients of rows go where their dy was: that is read no more by then.
   const OptionalTensor hidden_rows =
       copy_dy || need_dhidden_states ? OptionalTensor(fresh({rows, hidden}, scalar)) : OptionalTensor();
-  const OptionalTensor x_copy = copy_x ? OptionalTensor(fresh({rows, hidden}, scalar)) : OptionalTensor();
+  OptionalTensor x_copy;
+  if (copy_x) x_copy = fresh({rows, hidden}, scalar);
   gate.of.product.a = of_down.product.a = sorted_rows(op, dy, plan, copy_dy ? hidden_rows : OptionalTensor());
   again.of.product.a = of_gate.product.b = sorted_rows(op, x, plan, x_copy);
   choose();
 
   if (recomputes) check_launch(op, cuda::launch_gate(again, dtype, stream));
   const int64_t slabs = ceil_div(inner, gemm::slab_columns(gate.of.backend, 1));
-  const OptionalTensor shares = need_dtopk_weights ? OptionalTensor(fresh({slabs, rows}, acc)) : OptionalTensor();
+  OptionalTensor shares;
+  if (need_dtopk_weights) shares = fresh({slabs, rows}, acc);
   gate.gated = gated;
   gate.activation = kind;
   gate.gate_up = kept.data_ptr();
