@@ -265,7 +265,8 @@ template <int kBlocks, auto kKernel, class P, class Epilogue>
 cudaError_t launch_hopper(int64_t tiles, const P& p, const HopperOperands& operands, const Epilogue& epilogue,
                           cudaStream_t stream) {
   using S = HopperShape;
-  const dim3 grid(limited(tiles, current_device().num_sms / kBlocks) * kBlocks);
+  const int64_t clusters = current_device().num_sms / kBlocks;
+  const dim3 grid(limited(tiles, clusters > 0 ? clusters : 1) * kBlocks);
   if constexpr (kBlocks == 1) {
     return launch<kKernel>(grid, S::kThreads, S::kSharedBytes, stream, p, operands, epilogue);
   } else {
