@@ -1,8 +1,9 @@
-"""What the compiler made of the CUDA kernels: registers, spills and instructions of each, read from the objects of `make cuda-check`.
+"""What the compiler made of the CUDA kernels: registers, spills and instructions of each, read from the objects that `make cuda-report`
+compiles.
 
     python tools/cuda_report.py [BUILD] [--write] [--check] [--json FILE]
 
-BUILD is `build/cuda-check` by default. `--write` puts the tables into docs/cuda-kernels.md; `--check` fails where a kernel of
+BUILD is `build/cuda-report` by default. `--write` puts the tables into docs/cuda-kernels.md; `--check` fails where a kernel of
 `EXPECTED` is not as it should be. It needs cuobjdump and nvdisasm: from PATH, from beside nvcc, or from an installed triton.
 
 Loops are those of the flow graph: a jump back to a block through which every way to the jump leads. The hot loop of a kernel is the
@@ -390,7 +391,7 @@ def violations(kernels: Sequence[Kernel]) -> list[str]:
 
 HEAD = """# What the compiler made of the CUDA kernels
 
-Written by `make cuda-report` from the objects of `make cuda-check`. Compiler: {compiler}
+Written by `make cuda-report` from what it compiles with every optimisation. Compiler: {compiler}
 
 Registers are those a launch takes; the sm_90a attention kernels share them out anew (setmaxnreg). Static shared memory and stack in
 bytes; dynamic shared memory is asked for at the launch. Local memory: instructions that read or write it, and how many of these lie
@@ -414,14 +415,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("build", nargs="?", type=Path, default=ROOT / "build" / "cuda-check")
+    parser.add_argument("build", nargs="?", type=Path, default=ROOT / "build" / "cuda-report")
     parser.add_argument("--write", action="store_true", help="write docs/cuda-kernels.md")
     parser.add_argument("--check", action="store_true", help="fail where an expectation is not met")
     parser.add_argument("--json", type=Path, help="write everything that was found to this file")
     arguments = parser.parse_args()
     objects = compiled_objects(arguments.build)
     if not objects:
-        sys.exit(f"{arguments.build} holds no compiled CUDA sources; run make cuda-check")
+        sys.exit(f"{arguments.build} holds no compiled CUDA sources; run make cuda-report")
     # The one kernel of core/ only shows that CUTLASS compiles.
     kernels = [k for path in objects if family_of(path) != "core" for k in read_object(path)]
     families = dict.fromkeys(k.family for k in kernels)

@@ -112,21 +112,24 @@ def test_help_version_and_completion_load_nothing_heavy(arguments: list[str], ex
         assert "train" in done.stdout
 
 
-def processor_seconds(*arguments: str) -> float:
+def processor_seconds(*command: str) -> float:
     """User and system time of the command as a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    process = subprocess.Popen([*FASTLM, *arguments], stdout=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, env=environment)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     return used.ru_utime + used.ru_stime
 
 
-def test_help_costs_less_than_300_milliseconds() -> None:
-    """Processor time, which other work on the machine hardly touches: the best of five runs, after one that
-    writes the .pyc files."""
-    processor_seconds("--help")
-    assert min(processor_seconds("--help") for _ in range(5)) < 0.3
+def test_help_costs_little_more_than_the_library_that_prints_it() -> None:
+    """Processor time, in turns: the best of five, after a first one that writes the .pyc files. The ratio does not know how
+    fast the machine is; the number of milliseconds would."""
+    pairs = [
+        (processor_seconds(*FASTLM[1:], "--help"), processor_seconds("-c", "import typer")) for _ in range(6)
+    ]
+    own, library = (min(times) for times in zip(*pairs[1:], strict=True))
+    assert own < 5 * library, f"fastlm --help: {own:.3f} s, import typer: {library:.3f} s"
 
 
 def test_every_setting_is_a_flag_with_the_same_default() -> None:

@@ -75,11 +75,11 @@ struct PieceLine {
       fastlm::cuda::gemm::gather_pieces(word, lane);  // its own inverse
 #pragma unroll
       for (int j = 0; j < 4; ++j) unpack_pair<T>(word[j], value[2 * j], value[2 * j + 1]);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      value[v] = valid && has(v) ? fastlm::cuda::to_acc(line[8 * (v / 2) + lane % 4 * 2 + v % 2]) : A(0);
+      for (int v = 0; v < kValues; ++v) {
+        value[v] = valid && has(v) ? fastlm::cuda::to_acc(line[8 * (v / 2) + lane % 4 * 2 + v % 2]) : A(0);
+      }
     }
   }
 
@@ -98,12 +98,11 @@ struct PieceLine {
 #pragma unroll 1
         for (int e = 0; e < 8 && e < mine(); ++e) to[e] = {shift_down(word)};
       }
-      return;
-    }
-    if (!valid) return;
+    } else if (valid) {
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      if (has(v)) line[8 * (v / 2) + lane % 4 * 2 + v % 2] = fastlm::cuda::from_acc<T>(value[v]);
+      for (int v = 0; v < kValues; ++v) {
+        if (has(v)) line[8 * (v / 2) + lane % 4 * 2 + v % 2] = fastlm::cuda::from_acc<T>(value[v]);
+      }
     }
   }
 
