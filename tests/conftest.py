@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # derandomize: the same examples each time, so that a failure is a change and not luck.
-# `--hypothesis-profile=thorough` for long runs.
+# `--hypothesis-profile=thorough` for long runs, `few` where each example is slow.
 settings.register_profile(
     "default",
     derandomize=True,
@@ -21,6 +21,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile("thorough", settings.get_profile("default"), derandomize=False, max_examples=400)
+settings.register_profile("few", settings.get_profile("default"), max_examples=4)
 settings.load_profile("default")
 
 

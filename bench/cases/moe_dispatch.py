@@ -84,9 +84,9 @@ def _experts(dtype: str, T: int, E: int, h: int, I: int, k: int) -> Case:
         reference=definition("moe_experts"),
         contenders=(
             Contender("fastlm", operator("moe_experts"), ours=True),
-            Contender(GROUPED, _grouped, cost=cost),
-            Contender(LOOP, _loop, cost=cost),
-            Contender(DENSE, _dense, reference=_dense, cost=cost),
+            Contender(GROUPED, grouped, cost=cost),
+            Contender(LOOP, loop, cost=cost),
+            Contender(DENSE, dense, reference=dense, cost=cost),
         ),
         work={FORWARD: forward},
         targets=targets if T >= _LARGE else (),
@@ -107,8 +107,8 @@ def _training(dtype: str, T: int, E: int, h: int, I: int, k: int, *, quick: bool
         contenders=(
             Contender("fastlm", operator("moe_experts"), ours=True),
             Contender("fastlm, recompute", operator("moe_experts", recompute=True), ours=True),
-            Contender(GROUPED, _grouped, cost=cost),
-            Contender(LOOP, _loop, cost=cost),
+            Contender(GROUPED, grouped, cost=cost),
+            Contender(LOOP, loop, cost=cost),
         ),
         # Gate and up a second time are a way of saving memory and not counted.
         work={FORWARD: forward, BOTH: both},
@@ -131,8 +131,8 @@ def _decoding(dtype: str, E: int, h: int, I: int, k: int) -> Case:
         reference=definition("moe_experts"),
         contenders=(
             Contender("fastlm", operator("moe_experts"), ours=True, mode="inference"),
-            Contender(GROUPED, _grouped, mode="inference"),
-            Contender(LOOP, _loop, mode="inference"),
+            Contender(GROUPED, grouped, mode="inference"),
+            Contender(LOOP, loop, mode="inference"),
         ),
         work={DECODE: Work(read, "bytes", {"dram_read": read}, read)},
         part=DECODE,
@@ -163,7 +163,7 @@ def _product(dtype: str, M: int, E: int, N: int, Kd: int, *, quick: bool = False
         reference=definition("grouped_gemm"),
         contenders=(
             Contender("fastlm", operator("grouped_gemm"), ours=True),
-            Contender("F.grouped_mm", _grouped_mm_alone, cost=cost),
+            Contender("F.grouped_mm", grouped_mm_alone, cost=cost),
         ),
         work={
             FORWARD: Work(amount, "FLOP", {product: amount}),
@@ -232,22 +232,26 @@ def looped_experts(
     return out
 
 
-def _grouped(inputs: Inputs) -> Call:
+def grouped(inputs: Inputs) -> Call:
+    """Rows gathered around torch's grouped product."""
     _require_grouped_mm()
     return lambda: gathered_experts(**inputs)
 
 
-def _loop(inputs: Inputs) -> Call:
+def loop(inputs: Inputs) -> Call:
+    """Experts one after the other."""
     return lambda: looped_experts(**inputs)
 
 
-def _dense(inputs: Inputs) -> Call:
+def dense(inputs: Inputs) -> Call:
+    """torch.mm of as many FLOP."""
     rows = inputs["hidden_states"].repeat_interleave(inputs["topk_ids"].shape[1], 0)
     matrix = torch.cat([inputs["gate_up_proj"][0], inputs["down_proj"][0].mT])
     return lambda: rows @ matrix.mT
 
 
-def _grouped_mm_alone(inputs: Inputs) -> Call:
+def grouped_mm_alone(inputs: Inputs) -> Call:
+    """torch's grouped product."""
     _require_grouped_mm()
     ends = inputs["offsets"][1:]
     return lambda: functional.grouped_mm(inputs["a"], inputs["b"].mT, offs=ends)

@@ -151,7 +151,7 @@ def _select(T: int, *, quick: bool = False) -> Case:
         reference=definition("select_tokens", keep_ratio=KEEP),
         contenders=(
             Contender("fastlm", operator("select_tokens", keep_ratio=KEEP), ours=True),
-            Contender("torch.topk and scatter", _topk),
+            Contender("torch.topk and scatter", topk),
         ),
         work={FORWARD: Work(T, "tokens", bytes=6.0 * T)},
         quick=quick,
@@ -209,7 +209,9 @@ def _every_token_reference(inputs: Inputs) -> Call:
     return lambda: function(inputs["hidden"], inputs["weight"], inputs["labels"])
 
 
-def _topk(inputs: Inputs) -> Call:
+def topk(inputs: Inputs) -> Call:
+    """torch.topk, whose count the host reads first."""
+
     def call() -> Tensor:
         score = inputs["score"].masked_fill(~inputs["eligible"], -torch.inf)
         count = int(KEEP * int(inputs["eligible"].sum()) + 0.5)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cases.slm_loss import KEEP
+from ..cases.slm_loss import KEEP, topk
 from ..peers import member, operator
 from . import float64, peers_loss
 from .case import (
@@ -172,7 +172,7 @@ def _select(T: int, context: Context) -> Problem:
         inputs=inputs,
         contenders=(
             Contender("fastlm", _selected, ours=True),
-            Contender("torch.topk and scatter", peers_loss.topk),
+            Contender("torch.topk and scatter", topk),
         ),
         work={FORWARD: Work(moved, "bytes", {"copy": moved}, (Target("time", 15e-6),) if T == 32768 else ())},
         expected=lambda part: {

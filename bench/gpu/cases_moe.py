@@ -95,9 +95,9 @@ def _layer(T: int, E: int, h: int, I: int, k: int, context: Context) -> Problem:
             Contender("fastlm", operator("moe_experts"), ours=True),
             Contender("fastlm, recompute", operator("moe_experts", recompute=True), ours=True),
             Contender(experts.GROUPED, peers_moe.grouped),
-            Contender("expert loop", peers_moe.loop),
+            Contender("expert loop", experts.loop),
             Contender("scattermoe", peers_moe.scattermoe, prepare=peers_moe.up_first, parts=(FORWARD,)),
-            Contender("one dense product", peers_moe.dense, full_check=False, parts=(FORWARD,)),
+            Contender("one dense product", experts.dense, full_check=False, parts=(FORWARD,)),
         ),
         work={
             FORWARD: Work(flops, "FLOP", {"bf16": flops}, (Target("share", share),) if aimed else ()),
@@ -118,7 +118,7 @@ def _decode(T: int, E: int, h: int, I: int, k: int, context: Context) -> Problem
     used = int(inputs["topk_ids"].unique().numel())
     moved = 2.0 * 3 * used * h * I
     timed = (Target("time", 0.73e-3),) if (T, E, h, I) == (64, 16, 4096, 6400) else ()
-    calls = (("fastlm", operator("moe_experts"), True), (experts.GROUPED, peers_moe.grouped, False))
+    calls = (("fastlm", operator("moe_experts"), True), (experts.GROUPED, experts.grouped, False))
     found = [Contender(name, build, ours=ours, parts=(STEP,)) for name, build, ours in calls]
     return Problem(
         shape={"T": T, "E": E, "h": h, "I": I, "k": k, "experts used": used},
@@ -127,7 +127,7 @@ def _decode(T: int, E: int, h: int, I: int, k: int, context: Context) -> Problem
             found[0],
             replace(found[0], name="fastlm, graph", graph=True),
             found[1],
-            Contender("expert loop", peers_moe.loop, parts=(STEP,)),
+            Contender("expert loop", experts.loop, parts=(STEP,)),
         ),
         work={STEP: Work(moved, "bytes", {"read": moved}, (Target("share", 0.8), *timed) if T == 64 else ())},
         expected=lambda part: float64.experts(inputs, FORWARD, (), ()),
@@ -149,7 +149,7 @@ def _product(M: int, E: int, N: int, Kd: int, context: Context) -> Problem:
         inputs=inputs,
         contenders=(
             Contender("fastlm", operator("grouped_gemm"), ours=True),
-            Contender("F.grouped_mm", peers_moe.grouped_mm),
+            Contender("F.grouped_mm", experts.grouped_mm_alone),
         ),
         work={
             FORWARD: Work(flops, "FLOP", {"bf16": flops}),

@@ -97,16 +97,3 @@ def eager_selective(inputs: Inputs) -> Call:
         return nll[_chosen(nll, inputs["ref_nll"])].mean()
 
     return call
-
-
-def topk(inputs: Inputs) -> Call:
-    """torch.topk, whose count the host reads first."""
-
-    def call() -> Tensor:
-        score = inputs["score"].masked_fill(~inputs["eligible"], -torch.inf)
-        count = int(KEEP * int(inputs["eligible"].sum()) + 0.5)
-        mask = torch.zeros_like(inputs["eligible"])
-        mask[score.topk(count, sorted=False).indices] = True
-        return mask
-
-    return call

@@ -1,4 +1,4 @@
-"""Mixtures of experts by other means: torch's grouped product with rows gathered around it, a loop, ScatterMoE."""
+"""Mixtures of experts by other means: ScatterMoE, and torch's operators for the plan."""
 
 from __future__ import annotations
 
@@ -6,40 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..case import UnavailableError
-from ..cases import moe_dispatch as experts
 from ..peers import package
 from .case import Call, Inputs
-
-
-def _require_grouped_mm() -> None:
-    if not hasattr(functional, "grouped_mm"):
-        raise UnavailableError(f"torch {torch.__version__} has no F.grouped_mm")
-
-
-def grouped(inputs: Inputs) -> Call:
-    """Rows sorted by expert, two grouped products, back to the order of tokens, weighted sum."""
-    _require_grouped_mm()
-    return lambda: experts.gathered_experts(**inputs)
-
-
-def loop(inputs: Inputs) -> Call:
-    """One expert after the other, as the eager experts of transformers go about it."""
-    return lambda: experts.looped_experts(**inputs)
-
-
-def dense(inputs: Inputs) -> Call:
-    """torch.mm of as many FLOP."""
-    rows = inputs["hidden_states"].repeat_interleave(inputs["topk_ids"].shape[1], 0)
-    matrix = torch.cat([inputs["gate_up_proj"][0], inputs["down_proj"][0].mT])
-    return lambda: rows @ matrix.mT
-
-
-def grouped_mm(inputs: Inputs) -> Call:
-    """torch's grouped product alone."""
-    _require_grouped_mm()
-    ends = inputs["offsets"][1:]
-    return lambda: functional.grouped_mm(inputs["a"], inputs["b"].mT, offs=ends)
 
 
 def up_first(inputs: Inputs) -> Inputs:

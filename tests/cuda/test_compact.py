@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cuda.test_emulated_device import ROOT, cuda_headers
+from .test_emulated_device import emulated_program
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    headers, compiler = cuda_headers(), shutil.which("g++")
-    if headers is None or compiler is None:
-        pytest.skip("the CUDA headers or a C++ compiler are missing")
-    target = tmp_path_factory.mktemp("emulated") / "compact"
-    sources = [
-        "tests/cuda/emulated_compact.cpp",
-        "csrc/core/cuda/emulation/run.cpp",
-        "csrc/ops/slm_loss/cuda/compact.cu",
-    ]
-    flags = ["-std=c++20", "-O1", "-w", "-DFASTLM_EMULATE_CUDA", "-fsanitize=address,undefined"]
-    flags += ["-fno-sanitize-recover=all", "-I", str(ROOT / "csrc"), "-isystem", str(headers), "-x", "c++"]
-    subprocess.run([compiler, *flags, *(str(ROOT / s) for s in sources), "-o", str(target)], check=True)
-    return target
+    return emulated_program(
+        tmp_path_factory.mktemp("emulated"),
+        "emulated_compact",
+        "ops/slm_loss/cuda/compact.cu",
+        sanitizers="address,undefined",
+    )
 
 
 def run(program: Path, tokens: int, pattern: str, schedule: int, tiles: int = 1024) -> None:

@@ -20,17 +20,33 @@ def cuda_headers() -> Path | None:
     return next((folder for folder in candidates if (folder / "cuda_bf16.h").exists()), None)
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated_program(folder: Path, main: str, *sources: str, sanitizers: str = "undefined") -> Path:
+    """A program of tests/cuda with sources of csrc as host code; skips the test where it cannot be compiled."""
     headers, compiler = cuda_headers(), shutil.which("g++")
     if headers is None or compiler is None:
         pytest.skip("the CUDA headers or a C++ compiler are missing")
-    target = tmp_path_factory.mktemp("emulated") / "kernels"
-    sources = [ROOT / "tests/cuda/emulated_kernels.cpp", ROOT / "csrc/core/cuda/emulation/run.cpp"]
-    flags = ["-std=c++20", "-O1", "-w", "-DFASTLM_EMULATE_CUDA", "-fsanitize=undefined"]
-    flags += ["-fno-sanitize-recover=all", "-I", str(ROOT / "csrc"), "-isystem", str(headers)]
-    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(target)], check=True)
+    paths = [f"tests/cuda/{main}.cpp", "csrc/core/cuda/emulation/run.cpp", *(f"csrc/{s}" for s in sources)]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-DFASTLM_EMULATE_CUDA",
+        "-I",
+        str(ROOT / "csrc"),
+        "-isystem",
+        str(headers),
+    ]
+    if sanitizers:
+        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    target = folder / main
+    command = [compiler, *flags, "-x", "c++", *(str(ROOT / p) for p in paths), "-o", str(target)]
+    subprocess.run(command, check=True)
     return target
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emulated_program(tmp_path_factory.mktemp("emulated"), "emulated_kernels")
 
 
 def _run(program: Path, case: str, schedule: int) -> subprocess.CompletedProcess[str]:

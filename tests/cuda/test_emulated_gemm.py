@@ -1,41 +1,23 @@
 """The matrix products of csrc/core/cuda/gemm against plain loops, on the emulated device."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from .test_emulated_device import ROOT, cuda_headers
+from .test_emulated_device import emulated_program
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    headers, compiler = cuda_headers(), shutil.which("g++")
-    if headers is None or compiler is None:
-        pytest.skip("the CUDA headers or a C++ compiler are missing")
-    target = tmp_path_factory.mktemp("gemm") / "gemm"
-    sources = [
-        "tests/cuda/emulated_gemm.cpp",
-        "csrc/core/cuda/emulation/run.cpp",
-        "csrc/core/cuda/tensor_map.cu",
-        "csrc/core/cuda/gemm/gemm.cu",
-    ]
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-DFASTLM_EMULATE_CUDA",
-        "-I",
-        str(ROOT / "csrc"),
-        "-isystem",
-        str(headers),
-        "-x",
-        "c++",
-    ]
-    subprocess.run([compiler, *flags, *(str(ROOT / s) for s in sources), "-o", str(target)], check=True)
-    return target
+    return emulated_program(
+        tmp_path_factory.mktemp("emulated"),
+        "emulated_gemm",
+        "core/cuda/tensor_map.cu",
+        "core/cuda/gemm/gemm.cu",
+        sanitizers="",
+    )
 
 
 def _run(program: Path, backend: str, schedule: int) -> None:

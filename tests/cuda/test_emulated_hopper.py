@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cuda.test_emulated_device import ROOT, _run, cuda_headers
+from .test_emulated_device import _run, emulated_program
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    headers, compiler = cuda_headers(), shutil.which("g++")
-    if headers is None or compiler is None:
-        pytest.skip("the CUDA headers or a C++ compiler are missing")
-    target = tmp_path_factory.mktemp("emulated") / "hopper"
-    sources = [
-        "tests/cuda/emulated_hopper.cpp",
-        "csrc/core/cuda/emulation/run.cpp",
-        "csrc/core/cuda/tensor_map.cu",
-    ]
-    flags = ["-std=c++20", "-O1", "-w", "-DFASTLM_EMULATE_CUDA", "-fsanitize=undefined"]
-    flags += ["-fno-sanitize-recover=all", "-I", str(ROOT / "csrc"), "-isystem", str(headers), "-x", "c++"]
-    subprocess.run([compiler, *flags, *(str(ROOT / s) for s in sources), "-o", str(target)], check=True)
-    return target
+    return emulated_program(tmp_path_factory.mktemp("emulated"), "emulated_hopper", "core/cuda/tensor_map.cu")
 
 
 @pytest.mark.parametrize("schedule", [0, 1, 2, 10])

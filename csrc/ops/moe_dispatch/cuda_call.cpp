@@ -23,10 +23,10 @@ OptionalTensor in_acc(const OptionalTensor& t, const Tensor& like) {
   return t.has_value() ? OptionalTensor(in_acc(*t, like)) : OptionalTensor();
 }
 
-DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts) {
+DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts, bool with_tokens) {
   const int64_t rows = topk_ids.numel();
   const auto integers = [&](int64_t n) { return empty({n}, ScalarType::Int, topk_ids); };
-  DevicePlan plan{integers(experts + 1), integers(rows), integers(rows), integers(rows), {}};
+  DevicePlan plan{integers(experts + 1), integers(rows), integers(rows), integers(with_tokens ? rows : 0), {}};
   plan.rows = {plan.offsets.data_ptr(), false, experts, rows, nullptr, 0};
   const Tensor workspace = empty({static_cast<int64_t>(cuda::plan_workspace(rows, experts))}, ScalarType::Byte, topk_ids);
   cuda::PlanCall call{};
@@ -40,7 +40,7 @@ DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts) 
   call.offsets = mutable_data<int32_t>(plan.offsets);
   call.perm = mutable_data<int32_t>(plan.perm);
   call.inv = mutable_data<int32_t>(plan.inv);
-  call.tokens = mutable_data<int32_t>(plan.token);
+  if (with_tokens) call.tokens = mutable_data<int32_t>(plan.token);
   call.workspace = workspace.data_ptr();
   check_launch(op, cuda::launch_plan(call, current_stream(topk_ids)));
   return plan;

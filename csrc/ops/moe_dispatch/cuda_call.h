@@ -32,10 +32,10 @@ inline const void* pointer(const OptionalTensor& t) { return t.has_value() ? t->
 // The order of picks by expert, on the device.
 struct DevicePlan {
   Tensor offsets, perm, inv;
-  Tensor token;  // (R,) of each sorted row
+  Tensor token;  // (R,) of each sorted row, (0,) if nobody asked for it
   gemm::Ragged rows;
 };
-DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts);
+DevicePlan device_plan(const char* op, const Tensor& topk_ids, int64_t experts, bool with_tokens = true);
 
 // Rows of a (T, columns) matrix in the order of the plan: read by index, or copied to `to`, (R, columns), if that is given.
 gemm::Matrix sorted_rows(const char* op, const Tensor& t, const DevicePlan& plan, const OptionalTensor& to);

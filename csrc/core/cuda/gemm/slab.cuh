@@ -39,6 +39,38 @@ __device__ __forceinline__ A quad_max(A x) {
   return x > other ? x : other;
 }
 
+// f(row, column, 4 j + 2 i + k) for the sums of a lane that are in range.
+template <int kCount, class F>
+__device__ __forceinline__ void each_sum(const Slab& slab, F&& f) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = slab.row_of(i);
+    if (row >= slab.row_end) continue;
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (const int64_t column = slab.column_of(j) + k; column < slab.columns) f(row, column, 4 * j + 2 * i + k);
+      }
+    }
+  }
+}
+
+// Adds value[column] to the sums of each column in range.
+template <int kCount, class A>
+__device__ __forceinline__ void add_to_columns(const Slab& slab, const A* value, A (&d)[kCount]) {
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int64_t column = slab.column_of(j) + k;
+      const A x = column < slab.columns ? value[column] : A(0);
+      d[4 * j + k] += x;
+      d[4 * j + 2 + k] += x;
+    }
+  }
+}
+
 // A matrix that slabs are written to, or a stack of one for each group.
 struct Output {
   void* data;
@@ -91,20 +123,7 @@ __device__ __forceinline__ void store_slab(const Slab& slab, const Output& to, c
       return;
     }
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t row = slab.row_of(i);
-    if (row >= slab.row_end) continue;
-    T* const line = base + row * to.row_stride;
-#pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int64_t column = slab.column_of(j) + k;
-        if (column < slab.columns) line[column] = from_acc<T>(d[4 * j + 2 * i + k]);
-      }
-    }
-  }
+  each_sum<kCount>(slab, [&](int64_t row, int64_t column, int v) { base[row * to.row_stride + column] = from_acc<T>(d[v]); });
 }
 
 // out = sums, or out + sums in the accumulation type.
@@ -127,20 +146,7 @@ struct Accumulate {
   template <int kCount>
   __device__ __forceinline__ void operator()(const Slab& slab, A (&d)[kCount]) const {
     A* const base = static_cast<A*>(out.data) + slab.group * out.group_stride;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t row = slab.row_of(i);
-      if (row >= slab.row_end) continue;
-      A* const line = base + row * out.row_stride;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int64_t column = slab.column_of(j) + k;
-          if (column < slab.columns) line[column] += d[4 * j + 2 * i + k];
-        }
-      }
-    }
+    each_sum<kCount>(slab, [&](int64_t row, int64_t column, int v) { base[row * out.row_stride + column] += d[v]; });
   }
 };
 

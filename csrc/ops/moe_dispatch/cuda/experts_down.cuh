@@ -15,19 +15,7 @@ struct BiasStore {
 
   template <int kCount, class A>
   __device__ __forceinline__ void operator()(const gemm::Slab& slab, A (&d)[kCount]) const {
-    if (bias != nullptr) {
-      const A* const from = bias + slab.group * slab.columns;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int64_t column = slab.column_of(j) + k;
-          const A b = column < slab.columns ? from[column] : A(0);
-          d[4 * j + k] += b;
-          d[4 * j + 2 + k] += b;
-        }
-      }
-    }
+    if (bias != nullptr) gemm::add_to_columns(slab, bias + slab.group * slab.columns, d);
     gemm::store_slab<T, kCount>(slab, out, d);
   }
 };

@@ -56,18 +56,7 @@ struct Logits {
   template <int kCount>
   __device__ __forceinline__ void apply(const fastlm::cuda::gemm::Slab& slab, A (&d)[kCount]) const {
     const bool whole = slab.column + 2 * kCount <= slab.columns;
-    if (bias != nullptr) {
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int64_t column = slab.column_of(j) + k;
-          const A b = column < slab.columns ? bias[column] : A(0);
-          d[4 * j + k] += b;
-          d[4 * j + 2 + k] += b;
-        }
-      }
-    }
+    if (bias != nullptr) fastlm::cuda::gemm::add_to_columns(slab, bias, d);
     if (softcap > A(0)) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) d[i] = softcap * bounded<T>(d[i] * inverse);
