@@ -1,9 +1,8 @@
-"""What the compiler made of the CUDA kernels: registers, spills and instructions of each, read from the objects that `make cuda-report`
-compiles.
+"""What the compiler made of the CUDA kernels: registers, spills and instructions of each, read from objects.
 
     python tools/cuda_report.py [BUILD] [--write] [--check] [--json FILE]
 
-BUILD is `build/cuda-report` by default. `--write` puts the tables into docs/cuda-kernels.md; `--check` fails where a kernel of
+BUILD, the folder of `make cuda-report`, is `build/cuda-report` by default. `--write` puts the tables into docs/cuda-kernels.md; `--check` fails where a kernel of
 `EXPECTED` is not as it should be. It needs cuobjdump and nvdisasm: from PATH, from beside nvcc, or from an installed triton.
 
 Loops are those of the flow graph: a jump back to a block through which every way to the jump leads. The hot loop of a kernel is the
