@@ -3,8 +3,8 @@
     python tools/cuda_report.py [BUILD] [--write] [--check] [--json FILE]
 
 BUILD, the folder of `make cuda-report`, is `build/cuda-report` by default. `--write` puts the tables into docs/cuda-kernels.md;
-`--check` fails where a kernel of `EXPECTED` is not as it should be. It needs cuobjdump and nvdisasm: from PATH, from beside nvcc, or from
-an installed triton.
+`--check` fails where a kernel of `EXPECTED` is not as it should be. It needs cuobjdump and nvdisasm: from PATH, from beside nvcc,
+or from an installed triton.
 
 Loops are those of the flow graph: a jump back to a block through which every way to the jump leads. The hot loop of a kernel is the
 smallest one that holds at least half of the arithmetic of any loop.
