@@ -52,8 +52,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends well, else vanishes."""
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)  # a signal may come as soon as it is there
         yield temporary
         for entry in sorted(temporary.rglob("*")):
             fsync_path(entry)
