@@ -17,9 +17,14 @@ def test_an_interrupted_folder_leaves_nothing(moment, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(Path, "mkdir", interrupted)
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "data") as folder:
-        (folder / "half").write_text("x")
-        raise KeyboardInterrupt
+
+    def write():
+        with new_folder(tmp_path / "data") as folder:
+            (folder / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert not any(tmp_path.iterdir())
 
 
