@@ -34,7 +34,7 @@ run() {
   shift 2
   LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=64:max_malloc_fill_size=268435456:malloc_fill_byte=255 \
     UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$root/python" FASTLM_LIBRARY_DIR="$build" FASTLM_CPU_CAPABILITY= \
-    "$bin/python" -m pytest -q -p no:cacheprovider --capture=sys -n "${JOBS:-2}" \
+    "$bin/python" -m pytest -q -p no:cacheprovider --capture=sys -n "${JOBS:-2}" --dist worksteal \
     -k "$left_out" "$@"
 }
 # The tests' paths hold no spaces but the checkout's own.
