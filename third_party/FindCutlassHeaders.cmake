@@ -1,5 +1,6 @@
 # Finds the CUTLASS headers: FASTLM_CUTLASS_DIR, else the PyPI package nvidia-cutlass (its headers lie in
-# cutlass_library/source/include; install it with --no-deps, it is needed at build time only).
+# cutlass_library/source/include; install it with --no-deps, it is needed at build time only). As torch, the package is looked for
+# in the user's environment first, which an isolated build hides behind PYTHONPATH.
 #
 # Sets: CutlassHeaders_FOUND, CutlassHeaders_INCLUDE_DIR, CutlassHeaders_VERSION, CutlassHeaders_WHY_NOT
 
@@ -7,10 +8,14 @@ set(CutlassHeaders_WHY_NOT "")
 if(FASTLM_CUTLASS_DIR)
   set(_cutlass_candidates "${FASTLM_CUTLASS_DIR}" "${FASTLM_CUTLASS_DIR}/include")
 else()
-  execute_process(
-    COMMAND ${CMAKE_COMMAND} -E env --unset=PYTHONNOUSERSITE "${Python_EXECUTABLE}" -c
-      "import importlib.util as u, pathlib; s = u.find_spec('cutlass_library'); print(pathlib.Path(s.origin).parent / 'source' / 'include' if s and s.origin else '')"
-    OUTPUT_VARIABLE _cutlass_candidates OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  set(_cutlass_candidates "")
+  foreach(_path "--unset=PYTHONPATH" "PYTHONPATH=$ENV{PYTHONPATH}")
+    execute_process(
+      COMMAND ${CMAKE_COMMAND} -E env --unset=PYTHONNOUSERSITE "${_path}" "${Python_EXECUTABLE}" -c
+        "import importlib.util as u, pathlib; s = u.find_spec('cutlass_library'); print(pathlib.Path(s.origin).parent / 'source' / 'include' if s and s.origin else '')"
+      OUTPUT_VARIABLE _cutlass_found OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    list(APPEND _cutlass_candidates ${_cutlass_found})
+  endforeach()
 endif()
 set(CutlassHeaders_INCLUDE_DIR "")
 foreach(_dir IN LISTS _cutlass_candidates)
