@@ -28,7 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Kernels that matter most: a pattern of the name, the architecture, and what must be found in their code. `hot X`: in the hot loop.
+# Kernels that matter most: a pattern of the name, the architecture, and what must be found in their code. `hot X`: in the hot loop;
+# `around X`: in the smallest loop that holds an X, which in a product is the one over its depth, however much its epilogue does.
 EXPECTED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (r"forward_kernel<ForwardShape<.*float16?, 4, 4, 32, 3.*>, false>", "", ("hot MUFU.EX2", "LDGSTS.128")),
     (
@@ -66,6 +67,16 @@ EXPECTED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (r"forward_channels<b?float16, 4>", "", ("no local memory in loops", "LDG.128", "STG.128")),
     (r"backward_channels<b?float16, 4>", "", ("no local memory in loops", "LDG.128", "STG.128", "SHFL")),
     (r"update_one_token<b?float16, 4>", "", ("no local memory in loops", "LDG.128", "STG.128")),
+    (
+        r"hopper_(row|outer)_kernel<.*>",
+        "sm_90a",
+        ("no local memory around HGMMA", "UTMALDG", "SYNCS", "STG.128", "at most 168 registers"),
+    ),
+    (r"mma_(row|outer)_kernel<.*>", "", ("no local memory around HMMA", "LDSM", "LDGSTS.128")),
+    (r"stream_row_kernel<.*>", "", ("no local memory around HMMA", "LDSM", "LDGSTS.128")),
+    (r"route<(bfloat16|float), 8, .*>", "", ("no local memory in loops", "SHFL")),
+    (r"route_gradient<(bfloat16|float), 8, .*>", "", ("no local memory in loops", "SHFL")),
+    (r"select<(bfloat16|float), \d+>", "sm_90a", ("no local memory in loops", "LDG.128")),
 )
 WIDTHS = ("U8", "S8", "U16", "S16", "64", "128")
 MEMORY = ("LDG", "STG", "LDGSTS")
@@ -107,6 +118,9 @@ class Kernel:
     local: int = 0  # instructions that read or write local memory
     local_in_loops: int = 0
     local_in_hot_loop: int = 0
+    local_around: dict[str, int] = field(
+        default_factory=dict
+    )  # matrix instruction: in the smallest loop that holds it
     instructions: Counter[str] = field(default_factory=Counter)
     hot: Counter[str] = field(default_factory=Counter)
 
@@ -252,6 +266,10 @@ def describe(kernel: Kernel, code: Code) -> None:
     kernel.local = len(local)
     kernel.local_in_loops = sum(any(at in loop for loop in loops) for at in local)
     kernel.local_in_hot_loop = sum(at in hot for at in local)
+    for op in ("HGMMA", "HMMA"):
+        holding = [loop for loop in loops if any(kinds[at] == op for at in loop)]
+        if holding:
+            kernel.local_around[op] = sum(at in min(holding, key=len) for at in local)
 
 
 # ---- objects --------------------------------------------------------------------------------------------
@@ -370,6 +388,9 @@ def is_met(k: Kernel, what: str) -> str | None:
     limit = re.fullmatch(r"at most (\d+) registers", what)
     if limit:
         return str(k.registers) if k.registers > int(limit[1]) else None
+    if what.startswith("no local memory around "):
+        around = k.local_around.get(what.rsplit(" ", 1)[1])
+        return "no such loop" if around is None else f"{around} instructions" if around else None
     if what.startswith("no local memory"):
         found = k.local_in_hot_loop if what.endswith("hot loop") else k.local_in_loops
         return f"{found} instructions" if found else None

@@ -78,6 +78,20 @@ def test_finds_loops_through_blocks_elsewhere(report):
     assert not kernel.hot["STG.64"]
 
 
+def test_local_memory_around_a_matrix_instruction(report):
+    """In the loop over the depth of a product, although an epilogue around it has more arithmetic."""
+    epilogue = "".join(f"        /*{i:04x}*/ MUFU.EX2 R3, R3 ;\n" for i in range(0x300, 0x500, 0x10))
+    inner = SASS.replace("FFMA R3, R3, R3, R4", "HMMA.16816.F32 R3, R3, R3, R4")
+    text = inner.replace("        /*00a0*/", epilogue + "        /*00a0*/")
+    kernel = _kernel(report, text)
+    assert kernel.in_hot_loop > 7  # the outer one
+    assert kernel.local_around == {"HMMA": 1}
+    assert report.is_met(kernel, "no local memory around HMMA") == "1 instructions"
+    assert report.is_met(kernel, "no local memory around HGMMA") == "no such loop"
+    kernel = _kernel(report, text.replace("LDL R5, [R1]", "MOV R5, R1"))
+    assert report.is_met(kernel, "no local memory around HMMA") is None
+
+
 def test_code_without_a_loop(report):
     kernel = _kernel(report, ".text.f:\n /*0000*/ STL [R1], R4 ;\n /*0010*/ @P0 EXIT ;\n /*0020*/ EXIT ;\n")
     assert (kernel.total, kernel.local, kernel.local_in_loops, kernel.in_hot_loop) == (3, 1, 0, 0)
