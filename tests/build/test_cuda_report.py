@@ -49,6 +49,7 @@ def report() -> ModuleType:
     spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "tools" / "cuda_report.py")
     assert spec is not None
     assert spec.loader is not None
+    sys.path.insert(0, str(ROOT / "tools"))  # as for a script that is run
     module = importlib.util.module_from_spec(spec)
     sys.modules["cuda_report"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
