@@ -9,7 +9,7 @@ from ..case import DECODE, DTYPES, Build, Call, Case, Contender, Inputs, Work
 from ..peers import definition, member, operator
 
 _STATES = ("conv_state", "scan_state", "k_cache", "v_cache")
-_SEEN = 700  # tokens before this one: the window is full
+_SEEN = 700  # tokens before this one at least
 
 
 def cases() -> list[Case]:
@@ -28,12 +28,13 @@ def pair(dtype: str, B: int, d: int, H: int, K: int, f: int, window: int, *, qui
     """Two blocks of width `d` with `H` heads of `K` and feed-forward layers of `f`, `B` rows."""
     dim, state, rank = 2 * d, 16, -(-d // 16)
     cast = DTYPES[dtype]
+    seen = max(_SEEN, window + 1)  # the window is full
 
     def inputs() -> Inputs:
         def weight(*shape: int) -> Tensor:
             return (torch.randn(shape) / shape[-1] ** 0.5).to(cast)
 
-        positions = torch.arange(_SEEN + 1, dtype=torch.float64).unsqueeze(1)
+        positions = torch.arange(seen + 1, dtype=torch.float64).unsqueeze(1)
         angles = positions * 10000.0 ** (-torch.arange(0, K, 2, dtype=torch.float64) / K)
         ones = torch.ones(d)
         return {
@@ -65,7 +66,7 @@ def pair(dtype: str, B: int, d: int, H: int, K: int, f: int, window: int, *, qui
             "attn_w3": weight(d, f),
             "k_cache": torch.randn(B, window, H, K).to(cast),
             "v_cache": torch.randn(B, window, H, K).to(cast),
-            "cache_seqlens": torch.full((B,), _SEEN, dtype=torch.int32),
+            "cache_seqlens": torch.full((B,), seen, dtype=torch.int32),
             "rotary_cos": angles.cos().float(),
             "rotary_sin": angles.sin().float(),
         }

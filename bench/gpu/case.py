@@ -94,6 +94,7 @@ class Problem:
         gradients: inputs to differentiate by.
         mutated: inputs that a call writes into; each contender gets copies.
         allowed: relative error that counts as right.
+        allowed_for: the same for single results, by name.
         note: a sentence for the report.
     """
 
@@ -108,6 +109,7 @@ class Problem:
     allowed: float = 3e-2
     note: str = ""
     upstream: tuple[Tensor, ...] = ()
+    allowed_for: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -47,23 +47,36 @@ def _training(name: str, length: int, context: Context) -> Problem:
         model.parameters(), lr=0.0, weight_decay=0.0, fused=context.device == "cuda"
     )
 
-    def step() -> Tensor:
+    watched = _watched(model)
+
+    def step() -> tuple[Tensor, ...]:
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss = cross_entropy(model, ids)
             loss.backward()
         optimizer.step()
-        return loss.detach()
+        return loss.detach(), *(p.grad for p in watched.values() if p.grad is not None)
 
     return Problem(
         shape={"B": 1, "L": length, "parameters": model.num_parameters()},
         inputs={"ids": ids},
         contenders=_with_peers(step, training=True),
         work={STEP: Work(length, "tokens", {"bf16": 6.0 * model.num_parameters() * length})},
-        outputs=("loss",),
+        outputs=("loss", *watched),
         allowed=2e-2,
-        note="losses are compared with fastlm's; the floor is that of the matrix products alone",
+        allowed_for=dict.fromkeys(watched, 1e-1),  # through all blocks in bfloat16
+        note="loss and gradients of the first mixers are compared with fastlm's; the floor is that of the matrix products alone",
     )
+
+
+def _watched(model: Any) -> dict[str, Tensor]:
+    """A weight of the first mixer of each kind: the loss of a fresh model says nothing of its mixers, their gradients do."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        kind = name.rpartition(".weight")[0].rpartition(".")[2]
+        if kind in ("in_proj", "v_proj") and f"d{kind}" not in found:
+            found[f"d{kind}"] = parameter
+    return found
 
 
 def _prompt(name: str, length: int, context: Context) -> Problem:
@@ -80,14 +93,21 @@ def _prompt(name: str, length: int, context: Context) -> Problem:
         shape={"B": 1, "L": length, "parameters": model.num_parameters()},
         inputs={"ids": ids},
         contenders=_with_peers(prefill, training=False),
-        work={STEP: Work(length, "tokens", {"bf16": 2.0 * model.num_parameters() * length})},
+        work={STEP: Work(length, "tokens", {"bf16": prompt_flops(model, length)})},
         outputs=("logits",),
         allowed=1e-1,  # twelve blocks and more in bfloat16, each rounding in its own order
         note="logits are compared with fastlm's; the floor is that of the matrix products alone",
     )
 
 
-def _with_peers(run: Callable[[], Tensor], *, training: bool) -> tuple[Contender, ...]:
+def prompt_flops(model: Any, length: int) -> float:
+    """Of the matrix products: every weight for every token, the head for the last one alone."""
+    head = model.config.vocab_size * model.config.hidden_size
+    embeddings = head if model.config.tie_word_embeddings else 2 * head
+    return 2.0 * float((model.num_parameters() - embeddings) * length + head)
+
+
+def _with_peers(run: Callable[[], Any], *, training: bool) -> tuple[Contender, ...]:
     def build(swap: Swap | None, inputs: Inputs) -> Call:
         if swap is None:
             return run

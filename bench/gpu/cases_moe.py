@@ -94,7 +94,7 @@ def _layer(T: int, E: int, h: int, I: int, k: int, context: Context) -> Problem:
         contenders=(
             Contender("fastlm", operator("moe_experts"), ours=True),
             Contender("fastlm, recompute", operator("moe_experts", recompute=True), ours=True),
-            Contender(experts.GROUPED, peers_moe.grouped),
+            Contender(experts.GROUPED, experts.grouped),
             Contender("expert loop", experts.loop),
             Contender("scattermoe", peers_moe.scattermoe, prepare=peers_moe.up_first, parts=(FORWARD,)),
             Contender("one dense product", experts.dense, full_check=False, parts=(FORWARD,)),

@@ -119,7 +119,7 @@ def _conv(B: int, D: int, L: int, channel_last: bool, context: Context) -> Probl
         contenders=(
             Contender("fastlm", operator("causal_conv1d", activation="silu"), ours=True),
             Contender("causal_conv1d", peers.causal_conv1d),
-            Contender("fla", peers.fla_conv),
+            Contender("fla", peers.fla_conv, prepare=peers.channel_last),
             Contender("F.conv1d", peers.conv1d, prepare=first),
         ),
         work={

@@ -16,6 +16,7 @@ import torch
 
 from .facts import Watch
 from .item import Context, Item, Settings, SkipError
+from .state import current
 from .timing import Timed, captured, interleave
 
 _SECONDS = 0.5
@@ -95,10 +96,10 @@ def _graph_launch(context: Context) -> dict[str, Any]:
 
 
 def rates(state: Mapping[str, Any]) -> dict[str, float]:
-    """The measured ceilings of a results file, per second."""
+    """The measured ceilings of a results file, per second: those of its card and driver."""
     found = {
         name: float(item["data"]["per_second"])
-        for name, item in state["parts"]["ceilings"]["items"].items()
+        for name, item in current(state, "ceilings").items()
         if item["status"] == "passed"
     }
     if "copy_torch" in found:

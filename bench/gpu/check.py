@@ -94,7 +94,7 @@ def _edges(op: str, settings: Settings) -> Iterator[Item]:
         yield Item(f"hostile/{op}/{argument}", partial(edges.check_hostile_samples, op, filled, argument))
     yield Item(f"errors/{op}", partial(_on_operator, edges.check_errors, op, few[0]))
     if settings.device == "cuda":
-        yield Item(f"mixed/{op}", partial(_on_operator, edges.check_mixed_devices, op, few[0]))
+        yield Item(f"mixed/{op}", partial(edges.check_mixed_devices, op, filled))
     for sample in few + [
         s for s in everything if s.name in ("bfloat16", "packed", "packed_bfloat16", "rotary_bfloat16")
     ]:

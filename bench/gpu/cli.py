@@ -14,7 +14,7 @@ from typing import Any
 
 from .item import BAD, Item, Outcome, Settings
 from .pool import WorkerError, run_items
-from .state import PARTS, State, keep, load, new_state, save, to_do
+from .state import PARTS, State, fingerprint_of, keep, load, new_state, only_current, save, to_do
 
 ROOT = Path(__file__).resolve().parents[2]
 _DEFAULT_STATE = Path("build") / "gpu" / "results.json"
@@ -54,10 +54,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out contenders that go through torch.compile"
     )
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="folder with wheels or packages of peers")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="DIR",
+        help="folder with wheels or packages of peers (default: peers beside the results)",
+    )
     parser.add_argument("--peer-wheels", type=Path, dest="peers", help=argparse.SUPPRESS)
     parser.add_argument(
         "--mamba-source", type=Path, metavar="DIR", help="checkout of mamba, whose scan `peers` compiles"
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a contender of `bench` to leave out; may be repeated",
     )
     parser.add_argument("--library", type=Path, metavar="DIR", help="build folder with libfastlm_ops.so")
     parser.add_argument(
@@ -102,7 +114,7 @@ def _main(arguments: argparse.Namespace) -> int:
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch sees no CUDA device; --device cpu tries the script without one")
-    from .facts import gather
+    from .facts import gather, slow_build
 
     facts = gather(arguments.device)
     if arguments.commit:
@@ -111,21 +123,23 @@ def _main(arguments: argparse.Namespace) -> int:
         raise RuntimeError(f"fastlm was built without CUDA: {facts['software']['fastlm']['cuda']['why_not']}")
     state = load(arguments.state) if arguments.state.is_file() else new_state(facts)
     state |= facts
+    if lacking := slow_build(facts):
+        _say(f"WARNING: {lacking}")
     deadline = time.monotonic() + 60 * arguments.minutes
     parts = [*PARTS, "report"] if arguments.part == "all" else [arguments.part]
-    bad = False
-    for part in parts:
-        if part == "report":
-            _report(state, arguments)
-        else:
-            bad |= _part(part, state, arguments, deadline)
-    return _FOUND if bad else _OK
+    found = [_part(part, state, arguments, deadline) for part in parts if part != "report"]
+    if found and all(bad is None for bad in found):
+        raise ValueError(f"{arguments.part}: no item has {' or '.join(arguments.only)} in its name")
+    if "report" in parts:
+        _report(state, arguments)
+    return _FOUND if any(found) else _OK
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    folder = arguments.peers
+    folder, usual = arguments.peers, arguments.state.parent / "peers"
+    if folder is None and (arguments.mamba_source is not None or usual.is_dir()):
+        folder = usual
     if arguments.mamba_source is not None:
-        folder = folder or arguments.state.parent / "peers"
         target = folder / "mamba" / "csrc" / "selective_scan"
         source = arguments.mamba_source / "csrc" / "selective_scan"
         if not source.is_dir():
@@ -137,14 +151,24 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         compile=not arguments.no_compile,
         peers="" if folder is None else str(folder.resolve()),
         faults=arguments.faults,
+        without=tuple(arguments.without),
         sanitizer=arguments.sanitizer,
         full=arguments.full,
     )
 
 
-def _part(part: str, state: State, arguments: argparse.Namespace, deadline: float) -> bool:
-    """Runs what is left of a part; whether anything is wrong in it."""
-    from .facts import fingerprint
+def _means(part: str, settings: Settings) -> str:
+    """The tool or the packages that a part finds now."""
+    from .peers import present
+    from .sanitize import find_tool
+
+    if part == "sanitize":
+        return find_tool(settings) or ""
+    return present(settings.peers) if part == "bench" else ""
+
+
+def _part(part: str, state: State, arguments: argparse.Namespace, deadline: float) -> bool | None:
+    """Runs what is left of a part; whether anything is wrong in it, None if no item has the words in its name."""
     from .worker import items_of
 
     settings = _settings(arguments)
@@ -152,12 +176,13 @@ def _part(part: str, state: State, arguments: argparse.Namespace, deadline: floa
     everything = items_of(part, settings)
     chosen = [item for item in everything if not words or any(word in item.name for word in words)]
     if not chosen:
-        raise ValueError(f"{part}: no item has {' or '.join(words)} in its name")
+        return None
     if arguments.list:
         print("\n".join(item.name for item in chosen))
         return False
-    mark = fingerprint(state, part)
-    waiting = to_do(state, part, chosen, mark, redo=arguments.redo, redo_failed=arguments.redo_failed)
+    mark, means = fingerprint_of(state, part), _means(part, settings)
+    again = {"redo": arguments.redo, "redo_failed": arguments.redo_failed}
+    waiting = to_do(state, part, chosen, mark, means=means, **again)
     if part == "check":
         from .check import missing
 
@@ -167,7 +192,7 @@ def _part(part: str, state: State, arguments: argparse.Namespace, deadline: floa
     counter = _Progress(part, len(waiting))
 
     def on_result(name: str, outcome: Outcome) -> None:
-        keep(state, part, name, outcome, mark)
+        keep(state, part, name, outcome, mark, means)
         save(state, arguments.state)
         counter.show(name, outcome)
 
@@ -234,7 +259,7 @@ def _report(state: State, arguments: argparse.Namespace) -> None:
         kept = ROOT / "bench" / "results" / f"gpu-{slug(state['machine']['card'])}-{day}.json"
         if arguments.device == "cpu":
             kept = arguments.state.with_name(kept.name)
-    save(state, kept)
+    save(only_current(state), kept)
     page = arguments.state.with_suffix(".md")
     page.write_text(text, encoding="utf-8")
     print(plain(text))

@@ -22,6 +22,8 @@ _INDEX_NAMES = (
     *("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "seq_idx", "cache_seqlens", "conv_state_indices"),
     *("state_batch_indices", "topk_ids", "offsets", "labels"),
 )
+# Ids of experts lie on the device and are not checked there (docs/cuda.md, differences from the CPU operators).
+_IDS_NOT_CHECKED = ("moe_plan", "grin_route_backward", "moe_experts", "moe_experts_backward")
 _SAMPLES = 4  # with an argument, that get hostile values for it
 
 
@@ -201,26 +203,42 @@ def _answer(op: str, arguments: dict[str, Any]) -> str:
     return "accepted"
 
 
+def agree(op: str, here: str, there: str) -> bool:
+    """The same answer, or ids that the CPU refuses and the device by design does not look at."""
+    unseen = op in _IDS_NOT_CHECKED and here == "accepted" and there.startswith("IndexError")
+    return here == there or unseen
+
+
 def check_errors(op: str, sample: Any, context: Context) -> dict[str, Any]:
-    """A bad call fails on the device as on the CPU: the same exception with the same text."""
+    """A bad call fails on the device as on the CPU: the same exception with the same text, values that only the CPU checks aside."""
     differing, count = [], 0
     for what, make in _bad_calls(op, sample, context.device):
         context.stage(what)
         here, there = (_answer(op, make(device)) for device in (context.device, "cpu"))
         count += 1
-        if here != there:
+        if not agree(op, here, there):
             differing.append(f"{what}: on the device {here[:200]!r}, on the CPU {there[:200]!r}")
     if differing:
         raise WrongError(f"{len(differing)} of {count} bad calls: " + "; ".join(differing[:5]))
     return {"bad_calls": count}
 
 
-def check_mixed_devices(op: str, sample: Any, context: Context) -> dict[str, Any]:
-    """One tensor on the CPU among others on the device: an exception that names the operator or the devices."""
+def filled_tensors(op: str, sample: Any) -> list[str]:
+    """Names of a sample's tensors that are not empty."""
+    arguments = named_arguments(op, sample.build("cpu"))
+    return [name for name, a in arguments.items() if isinstance(a, Tensor) and a.numel() > 0]
+
+
+def check_mixed_devices(op: str, samples: list[Any], context: Context) -> dict[str, Any]:
+    """One tensor on the CPU among others on the device: an exception that names the operator or the devices.
+
+    The first sample with two tensors serves: a call whose only tensor lies on the CPU is one for the CPU.
+    """
+    sample = next((s for s in samples if len(filled_tensors(op, s)) > 1), None)
+    if sample is None:
+        raise SkipError("its samples have one tensor each")
     texts: dict[str, str] = {}
-    for name, a in named_arguments(op, sample.build("cpu")).items():
-        if not isinstance(a, Tensor) or a.numel() == 0:
-            continue
+    for name in filled_tensors(op, sample):
         context.stage(f"{name} on the CPU")
         answer = _answer(op, _changed(op, sample, name, lambda t: t.cpu(), context.device))
         texts[name] = answer[:200]

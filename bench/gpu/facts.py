@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,22 @@ def gather(device: str) -> dict[str, Any]:
     return {"git": git_commit(), "machine": machine, "software": software}
 
 
-def fingerprint(facts: dict[str, Any], part: str) -> str:
-    """What results of a part depend on: the card, and but for the ceilings the operator library."""
-    card = f"{facts['machine']['card']}, driver {facts['machine'].get('driver')}"
-    return card if part in ("ceilings", "peers") else f"{card}, library {facts['software']['library']}"
+def slow_build(facts: Mapping[str, Any]) -> str:
+    """What a build lacks for the card at hand, in a sentence; empty if nothing."""
+    if facts["machine"].get("capability") != "9.0":
+        return ""
+    info = facts["software"]["fastlm"]
+    lacks = []
+    if info["cutlass"]["version"] is None:
+        lacks.append("CUTLASS's headers (package nvidia-cutlass, at build time)")
+    if "90a" not in info["cuda"]["architectures"]:
+        lacks.append("the architecture 90a")
+    if not lacks:
+        return ""
+    return (
+        f"fastlm was built without {' and without '.join(lacks)}: its kernels for this card (wgmma) are missing, those for sm_80 "
+        "run in their place, and the targets are not meant for them"
+    )
 
 
 def slug(card: str) -> str:

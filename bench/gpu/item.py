@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PASSED, FAILED, CRASHED, HUNG, SKIPPED = "passed", "failed", "crashed", "hung", "skipped"
 GIVEN_UP = "given up"  # begins the reason of an item that was not tried because of others
 BAD = (FAILED, CRASHED, HUNG)
+UNAVAILABLE = "unavailable"  # of a contender: its package is missing, or does not do this
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Settings:
         compile: include contenders that are compiled by torch.compile.
         peers: folder with unpacked packages of peers, and where extensions are built.
         faults: add items that abort, hang, raise and fail.
+        without: names of contenders that are left out.
         sanitizer: path of compute-sanitizer; default: searched for.
         full: all samples and sizes of the checks on the CPU too.
     """
@@ -30,6 +32,7 @@ class Settings:
     compile: bool = True
     peers: str = ""
     faults: bool = False
+    without: Sequence[str] = ()
     sanitizer: str = ""
     full: bool = False
 
@@ -63,10 +66,14 @@ class Context:
     Attributes:
         settings: of the run.
         stage: call it with a few words before every step that might crash; they appear in the record if it does.
+        started: call it with the id of a process group that must end with this process, and with 0 when it has ended.
+        ours_only: leave out contenders that are not fastlm's.
     """
 
     settings: Settings
     stage: Callable[[str], None] = lambda words: None
+    started: Callable[[int], None] = lambda group: None
+    ours_only: bool = False
 
     @property
     def device(self) -> str:

@@ -14,11 +14,11 @@ from ..case import UnavailableError
 from ..checking import relative_error
 from .case import BACKWARD, Call, Contender, GpuCase, Inputs, Problem, Results
 from .facts import Watch
-from .item import Context, Item, Settings
+from .item import UNAVAILABLE, Context, Item, Settings
 from .timing import Timed, captured, interleave
 
 _SECONDS = 3.0  # of a contender and part at most
-TIMED, WRONG, BROKEN, UNAVAILABLE, LEFT_OUT = "timed", "wrong", "failed", "unavailable", "left out"
+TIMED, WRONG, BROKEN, LEFT_OUT = "timed", "wrong", "failed", "left out"
 
 
 def items(settings: Settings) -> list[Item]:
@@ -109,6 +109,10 @@ def _prepare(
     context.stage(f"{part}: {contender.name}")
     if part not in contender.parts:
         return LEFT_OUT, f"does no {part}", None, None
+    if context.ours_only and not contender.ours:
+        return LEFT_OUT, "with all contenders the process was lost", None, None
+    if contender.name in context.settings.without:
+        return LEFT_OUT, "left out by --without", None, None
     if contender.compiled and not context.settings.compile:
         return LEFT_OUT, "torch.compile takes its time: left out by --no-compile", None, None
     if contender.graph and context.device != "cuda":
@@ -122,10 +126,11 @@ def _prepare(
             errors = {
                 name: relative_error(results[name].double(), want.double()) for name, want in expected.items()
             }
-        wrong = {name: e for name, e in errors.items() if not e <= problem.allowed}
+        allowed = {name: problem.allowed_for.get(name, problem.allowed) for name in errors}
+        wrong = {name: e for name, e in errors.items() if not e <= allowed[name]}
         if wrong:
-            text = ", ".join(f"{name} {e:.2g}" for name, e in wrong.items())
-            return WRONG, f"relative error above {problem.allowed:g}: {text}", errors, None
+            text = ", ".join(f"{name} {e:.2g}, allowed {allowed[name]:g}" for name, e in wrong.items())
+            return WRONG, f"relative error: {text}", errors, None
         del results
         if contender.graph:
             with torch.no_grad():

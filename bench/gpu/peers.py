@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ _NAMES = {
 
 def add_folder(folder: str) -> None:
     """Makes what lies in a folder importable."""
+    for path in _places(folder):
+        if path not in sys.path:
+            sys.path.append(path)
+
+
+def present(folder: str) -> str:
+    """Names of the packages that can be imported, with those of a folder; none is loaded."""
+    importlib.invalidate_caches()
+    places = [*(_places(folder) if folder else []), *sys.path]
+    tops = dict.fromkeys(name.partition(".")[0] for name in _NAMES.values())
+    return " ".join(top for top in tops if PathFinder.find_spec(top, places) is not None)
+
+
+def _places(folder: str) -> list[str]:
+    """Where packages lie in a folder; its wheels are unpacked."""
     root = Path(folder).resolve()
     site, build = root / "site", root / "build"
     for wheel in sorted(root.glob("*.whl")):
@@ -51,9 +67,7 @@ def add_folder(folder: str) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
             stamp.touch()
-    for path in (root, site, build / _EXTENSION):
-        if path.is_dir() and str(path) not in sys.path:
-            sys.path.append(str(path))
+    return [str(path) for path in (root, site, build / _EXTENSION) if path.is_dir()]
 
 
 def items(settings: Settings) -> list[Item]:
@@ -84,6 +98,7 @@ def _build_mamba(context: Context) -> dict[str, Any]:
     sources = [str(p) for p in sorted([*folder.glob("*.cpp"), *folder.glob("*.cu")])]
     target = Path(context.settings.peers).resolve() / "build" / _EXTENSION
     target.mkdir(parents=True, exist_ok=True)
+    (target / "lock").unlink(missing_ok=True)  # of a build that was ended: the next one would wait for ever
     major, minor = torch.cuda.get_device_capability()
     flags = [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}", "-O3", "-std=c++20"]
     flags += ["--use_fast_math", "--expt-relaxed-constexpr", "--expt-extended-lambda"]
@@ -117,7 +132,8 @@ class _MambaScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
         u, delta, A, B, C, D, z, bias, x, out = ctx.saved_tensors
-        words = (u, delta, A, B, C, D, z, bias, upstream[0], x, out, None, True, False)
+        dout = upstream[0].contiguous()  # its kernels refuse other strides
+        words = (u, delta, A, B, C, D, z, bias, dout, x, out, None, True, False)
         du, ddelta, dA, dB, dC, dD, dbias, dz = _either(ctx.module.bwd, *words)
         return du, ddelta, dA, dB, dC, dD, dz, dbias
 
@@ -133,6 +149,11 @@ def _either(function: Callable[..., Any], *words: Any) -> Any:
 def channel_first(inputs: Inputs) -> Inputs:
     """The scan's inputs as mamba's kernels want them."""
     return {name: a.contiguous() if a.dim() == 3 else a for name, a in inputs.items()}
+
+
+def channel_last(inputs: Inputs) -> Inputs:
+    """`(B, D, L)` inputs with their channels side by side."""
+    return {name: a.mT.contiguous().mT if a.dim() == 3 else a for name, a in inputs.items()}
 
 
 def mamba_scan(inputs: Inputs) -> Call:

@@ -16,14 +16,16 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..machine import usable_cpus
-from .item import CRASHED, GIVEN_UP, HUNG, SKIPPED, Item, Outcome, Settings
+from .item import CRASHED, GIVEN_UP, HUNG, PASSED, SKIPPED, Item, Outcome, Settings
 
 START_LIMIT = 300.0  # seconds until a worker has loaded torch and the library
 _ANSWERS = "FASTLM_GPU_ANSWERS"
 _MOST_LOST = 3  # workers that items of one kind and operator may cost
+_WITH_PEERS = ("bench",)  # parts whose items are tried without peers where one of these costs the worker
 _LOG_TAIL = 1500  # characters of a dead worker's output that are kept
 
 
@@ -57,6 +59,7 @@ class _Worker:
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._listen, args=(read,), daemon=True).start()
         self.stage = ""
+        self._group = 0  # of what it started apart from its own group
 
     def _listen(self, read: int) -> None:
         with os.fdopen(read, encoding="utf-8") as lines:
@@ -77,22 +80,25 @@ class _Worker:
             if key in answer:
                 return answer
             self.stage = answer.get("stage", self.stage)
+            self._group = answer.get("group", self._group)
 
-    def ask(self, name: str) -> None:
-        """Sends an item's name."""
+    def ask(self, name: str, *, ours_only: bool = False) -> None:
+        """Sends an item's name, and whether peers are left out of it."""
         self.stage = ""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"item": name}) + "\n")
+            self._process.stdin.write(json.dumps({"item": name, "ours_only": ours_only}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it died; wait_for says so
 
     def end(self) -> str:
         """Stops the process and what it started; the end of its output."""
-        if self._process.poll() is None:
+        for group in (self._process.pid if self._process.poll() is None else 0, self._group):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                if group:
+                    os.killpg(group, signal.SIGKILL)
+        self._group = 0
         code = self._process.wait()
         if self._log.closed:
             return ""
@@ -115,6 +121,33 @@ class _Worker:
 def _group(name: str) -> str:
     """Kind and operator of an item."""
     return "/".join(name.split("/")[:2])
+
+
+def _attempt(worker: _Worker, item: Item, deadline: float, *, ours_only: bool) -> tuple[Outcome | None, bool]:
+    """What became of an item, None where the time of the run ended, and whether the worker is lost with it."""
+    begin = time.monotonic()
+    limit = min(item.limit, max(1.0, deadline - begin))
+    worker.ask(item.name, ours_only=ours_only)
+    answer = worker.wait_for("result", limit)
+    seconds = time.monotonic() - begin
+    if isinstance(answer, dict):
+        result = answer["result"]
+        if answer["fatal"]:
+            worker.end()
+        return Outcome(result["status"], result["reason"], seconds, result["data"]), answer["fatal"]
+    where = f" at: {worker.stage}" if worker.stage else ""
+    tail = worker.end()
+    if answer == "died":
+        return Outcome(CRASHED, f"the process died{where}: {tail}", seconds), True
+    late = Outcome(HUNG, f"no answer for {limit:.0f} s{where}", seconds)
+    return (None if limit < item.limit else late), True
+
+
+def _with_and_without_peers(first: Outcome, second: Outcome | None) -> Outcome:
+    """A case that cost its worker, and what came of it with fastlm's own contenders alone."""
+    if second is None or second.status != PASSED:
+        return first
+    return replace(second, reason=f"peers left out; with them it {first.status}: {first.reason}")
 
 
 def run_items(
@@ -162,42 +195,36 @@ def run_items(
                 )
             return None
 
-    def put(name: str, outcome: Outcome) -> None:
+    def put(name: str, outcome: Outcome, *, fatal: bool) -> None:
         with lock:
-            lost[_group(name)] += outcome.status in (CRASHED, HUNG)
+            lost[_group(name)] += fatal
             on_result(name, outcome)
 
     def serve() -> None:
         worker: _Worker | None = None
         while (item := take()) is not None:
-            if worker is None:
-                worker = _Worker(part, settings, threads)
-                alive.add(worker)
-                if isinstance(found := worker.wait_for("ready", START_LIMIT), str):
-                    problems.append(f"the worker did not start ({found}): {worker.end()}")
-                    waiting.appendleft(item)
-                    return
-            begin = time.monotonic()
-            limit = min(item.limit, max(1.0, deadline - begin))
-            worker.ask(item.name)
-            answer = worker.wait_for("result", limit)
-            seconds = time.monotonic() - begin
-            if isinstance(answer, dict):
-                result = answer["result"]
-                put(item.name, Outcome(result["status"], result["reason"], seconds, result["data"]))
-                if answer["fatal"]:
-                    worker.end()
+            first: Outcome | None = None  # of a case with peers in it, where that cost the worker
+            while True:
+                if worker is None:
+                    worker = _Worker(part, settings, threads)
+                    alive.add(worker)
+                    if isinstance(found := worker.wait_for("ready", START_LIMIT), str):
+                        problems.append(f"the worker did not start ({found}): {worker.end()}")
+                        waiting.appendleft(item)
+                        return
+                outcome, fatal = _attempt(worker, item, deadline, ours_only=first is not None)
+                if fatal:
                     worker = None
-                continue
-            where = f" at: {worker.stage}" if worker.stage else ""
-            tail = worker.end()
-            worker = None
-            if answer == "late" and limit < item.limit:
+                if fatal and outcome is not None and part in _WITH_PEERS and first is None:
+                    first = outcome
+                    continue
+                break
+            if first is not None:
+                outcome = _with_and_without_peers(first, outcome)
+            if outcome is None:
                 left.append(item.name)  # it was the time of the run that ended
-            elif answer == "late":
-                put(item.name, Outcome(HUNG, f"no answer for {limit:.0f} s{where}", seconds))
             else:
-                put(item.name, Outcome(CRASHED, f"the process died{where}: {tail}", seconds))
+                put(item.name, outcome, fatal=fatal)
         if worker is not None:
             worker.finish()
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import ceilings
+from .facts import slow_build
 from .item import BAD
-from .state import State
+from .state import PARTS, State, current
 
 Row = list[str]
 _UNITS = {
@@ -85,8 +86,11 @@ def _head(state: State) -> list[str]:
     trial = (
         ["This was no GPU: times and ceilings mean nothing.", ""] if machine.get("device") == "cpu" else []
     )
+    lacking = slow_build(state)
     return [
         *trial,
+        *([f"**{lacking}.**", ""] if lacking else []),
+        *_left_out(state),
         f"{when}, commit {git.get('commit', 'unknown')}{changed}, driver {machine.get('driver')}, torch "
         f"{software['torch']} (CUDA {software['cuda']}), Triton {software['triton']}.",
         f"fastlm {software['fastlm']['version']}, architectures {', '.join(cuda['architectures']) or 'none'}, "
@@ -95,8 +99,15 @@ def _head(state: State) -> list[str]:
 
 
 def _items(state: State, part: str) -> dict[str, Any]:
-    found: dict[str, Any] = state["parts"][part]["items"]
-    return found
+    """Results of the card, driver and library that the head names."""
+    return current(state, part)
+
+
+def _left_out(state: State) -> list[str]:
+    """A line that counts the results of another card, driver or library."""
+    counts = {part: len(state["parts"][part]["items"]) - len(current(state, part)) for part in PARTS}
+    words = ", ".join(f"{part} {count}" for part, count in counts.items() if count)
+    return [f"Left out, as they are of another card, driver or library: {words}.", ""] if words else []
 
 
 def _summary(state: State, part: str) -> list[str]:
@@ -129,6 +140,8 @@ def _problems(state: State, part: str) -> list[str]:
     for name, item in _items(state, part).items():
         if item["status"] in BAD:
             lines.append(f"- **{item['status']}** `{name}`: {' '.join(item['reason'].split())[:600]}")
+        elif item["status"] == "passed" and item["reason"]:
+            lines.append(f"- `{name}`: {' '.join(item['reason'].split())[:600]}")
         elif item["status"] == "skipped":
             skipped.setdefault(item["reason"][:200], []).append(name)
     for reason, names in skipped.items():
@@ -239,13 +252,19 @@ def time_rows(state: State) -> Iterator[Row]:
                 name,
                 part,
                 row["name"] + (" *" if row["orientation"] else ""),
-                seconds(t),
+                seconds(t) + (" †" if _host_shows(row) else ""),
                 f"{seconds(row['p20'])} to {seconds(row['p80'])}",
                 f"{result['work']['amount'] / t / scale:.4g} {unit}",
                 "" if floor is None else f"{floor / t:.1%}",
                 "" if mine is None or (row["ours"] and row["name"] == "fastlm") else _comparison(t / mine),
                 "" if worst is None else f"{worst:.1e}",
             ]
+
+
+def _host_shows(row: Mapping[str, Any]) -> bool:
+    """Whether the host took longer over a call than the device was busy beforehand."""
+    hidden = row.get("hidden")
+    return hidden is not None and row["host_median"] > hidden
 
 
 def _comparison(ratio: float) -> str:
@@ -265,7 +284,10 @@ def _notes(state: State) -> list[str]:
     notes = dict.fromkeys(
         item["data"]["note"] for item in _items(state, "bench").values() if item["data"].get("note")
     )
-    return ["", "\\* for orientation: computes something else", "", *lines, *(f"- {note}" for note in notes)]
+    shown = [row for *_, result in _results(state) for row in result["contenders"] if _host_shows(row)]
+    host = "† the host took longer to launch than the device was kept busy beforehand: the time may be the host's"
+    legend = ["\\* for orientation: computes something else", "", *([host, ""] if shown else [])]
+    return ["", *legend, *lines, *(f"- {note}" for note in notes)]
 
 
 def seconds(t: float) -> str:

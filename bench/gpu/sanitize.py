@@ -7,11 +7,15 @@ apart: torch's own are not ours to judge.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -41,6 +45,8 @@ _PREFERRED = (
 )
 _MOST = 8  # samples of an operator
 _LIMIT = 400.0
+_OWN_LIMIT = 380  # seconds after which the program ends by itself
+_TIMEOUT = "Timeout (0:"  # begins what faulthandler says then
 
 
 def find_tool(settings: Settings) -> str | None:
@@ -87,23 +93,46 @@ def _sanitize(tool: str, family: str, context: Context) -> dict[str, Any]:
     if path is None:
         raise SkipError("compute-sanitizer was not found; --sanitizer PATH names it")
     words = [path, "--tool", tool, "--error-exitcode", "77", "--target-processes", "all"]
+    if tool != "initcheck":  # which must see every kernel that writes
+        words += ["--kernel-name", "kns=fastlm"]
     words += [sys.executable, "-m", __name__, tool, family, json.dumps(context.settings.as_dict())]
     environment = dict(os.environ) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     context.stage(f"{tool} of {family}")
-    try:
-        run = subprocess.run(
-            words, env=environment, capture_output=True, text=True, errors="replace", timeout=_LIMIT
+    text, code = run_group(words, environment, _LIMIT, context)
+    return judge(text, code)
+
+
+def run_group(
+    words: list[str], environment: dict[str, str], limit: float, context: Context
+) -> tuple[str, int | None]:
+    """Output and exit status of a command, None where it was ended at its limit with everything that it started.
+
+    The output goes through a file: of a pipe, the end would only come with the end of every process that holds it.
+    """
+    with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            words, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    except subprocess.TimeoutExpired as error:
-        raise SkipError(f"it took longer than {_LIMIT:.0f} s") from error
-    return judge(run.stdout + run.stderr, run.returncode)
+        context.started(process.pid)
+        code: int | None = None
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            context.started(0)
+        log.seek(0)
+        return log.read(), code
 
 
-def judge(text: str, code: int) -> dict[str, Any]:
-    """What a run of the tool found.
+def judge(text: str, code: int | None) -> dict[str, Any]:
+    """What a run of the tool found; the exit status is None where it was ended.
 
     Raises:
-        SkipError: the tool does not work here.
+        SkipError: the tool does not work here, or takes too long.
         WrongError: reports about fastlm, or the program failed.
     """
     if any(
@@ -118,6 +147,8 @@ def judge(text: str, code: int) -> dict[str, Any]:
         raise WrongError(
             f"{len(ours)} of {len(reports)} reports are about fastlm:\n" + "\n".join(ours[:3])[:2500]
         )
+    if code is None or (not calls and _TIMEOUT in text):
+        raise SkipError(f"it took longer than {_LIMIT:.0f} s")
     if not calls:
         raise WrongError(
             f"exit status {code}, and the calls did not come to their end:\n{text.strip()[-1500:]}"
@@ -158,6 +189,7 @@ def split_reports(text: str) -> Iterator[str]:
 
 def main() -> int:
     """Runs under the tool: every chosen sample once, gradients and hostile values included."""
+    faulthandler.dump_traceback_later(_OWN_LIMIT, exit=True)
     tool, family, settings = sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3]))
     poison_fresh_memory(tool != "initcheck")  # filled memory is initialised memory
     warnings.simplefilter("ignore")

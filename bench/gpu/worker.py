@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from typing import IO, Any
 
 import torch
@@ -80,7 +81,7 @@ def main() -> int:
         answers.write(json.dumps(words, default=str) + "\n")
         answers.flush()
 
-    context = Context(settings, lambda words: say({"stage": words}))
+    context = Context(settings, lambda words: say({"stage": words}), lambda group: say({"group": group}))
     if settings.peers:
         from .peers import add_folder
 
@@ -88,8 +89,8 @@ def main() -> int:
     items = {item.name: item for item in items_of(part, settings)}
     say({"ready": True})
     for line in sys.stdin:
-        item = items[json.loads(line)["item"]]
-        result = _run(item, context)
+        asked = json.loads(line)
+        result = _run(items[asked["item"]], replace(context, ours_only=asked["ours_only"]))
         fatal = _is_fatal(context)
         if fatal and result["status"] in (PASSED, SKIPPED):
             result = {"status": FAILED, "reason": "CUDA is in an error state afterwards", "data": {}}

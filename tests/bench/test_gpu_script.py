@@ -20,7 +20,7 @@ from bench.gpu.edges import guarded
 from bench.gpu.facts import slug
 from bench.gpu.item import Context, Item, Outcome, Settings, WrongError
 from bench.gpu.measure import measure_part
-from bench.gpu.state import keep, load, new_state, to_do
+from bench.gpu.state import fingerprint_of, keep, load, new_state, to_do
 
 FACTS = {
     "git": None,
@@ -94,7 +94,7 @@ def test_a_case_is_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["sliding_window_attention_update/", "scan_swa/", "selective_state_update/"]
+    "words", ["sliding_window_attention_update/", "scan_swa/", "selective_state_update/", "moe_experts/"]
 )
 def test_contenders_pass_their_check(words):
     settings = Settings(device="cpu", rounds=1, compile=False)
@@ -122,7 +122,7 @@ class _Doomed:
     def __init__(self, *words: object) -> None:
         self._name = ""
 
-    def ask(self, name: str) -> None:
+    def ask(self, name: str, *, ours_only: bool = False) -> None:
         self._name = name
 
     def wait_for(self, key: str, seconds: float) -> dict | str:
@@ -275,7 +275,7 @@ def test_useful_work_of_a_window():
 def test_targets_are_judged_by_the_measured_ceilings():
     state = new_state(FACTS)
     rate = {"per_second": 100.0, "best": 100.0, "middle": 90.0}
-    keep(state, "ceilings", "copy", Outcome("passed", data=rate), "card")
+    keep(state, "ceilings", "copy", Outcome("passed", data=rate), fingerprint_of(state, "ceilings"))
     row = {
         "name": "fastlm",
         "ours": True,
@@ -302,7 +302,7 @@ def test_targets_are_judged_by_the_measured_ceilings():
         "bench",
         "case",
         Outcome("passed", data={"shape": {}, "note": "", "parts": {"step": part}}),
-        "card",
+        fingerprint_of(state, "bench"),
     )
     assert [row[-1] for row in report.target_rows(state)] == ["yes", "**no**", "yes", "?"]
     text = report.plain(report.markdown(state))

@@ -27,7 +27,7 @@ def picks(
     token; few: only every third expert; some_left_out: random, every third pick -1; none: -1 everywhere; twice: the same expert in
     all picks of a token.
     """
-    slots = torch.arange(tokens * top_k).view(tokens, top_k)
+    slots = torch.arange(tokens * top_k, device=draw.device).view(tokens, top_k)
     if routing == "balanced":
         ids = slots % experts
     elif routing == "one_pair":
