@@ -47,9 +47,15 @@ std::vector<int64_t> index_values(const Tensor& t) {
   return values;
 }
 
-std::vector<int64_t> check_cu_seqlens(const char* op, const char* name, const Tensor& t, int64_t total) {
+void check_cu_seqlens_shape(const char* op, const char* name, const Tensor& t, int64_t total) {
   check_index_vector(op, name, t);
   FASTLM_CHECK_VALUE(t.size(0) >= 1, op, ": ", name, " must have at least 1 element (0), got shape ", shape_string(t));
+  FASTLM_CHECK_VALUE(t.size(0) >= 2 || total == 0, op, ": ", name, " must have at least 2 elements (0 and ", total,
+                     "), got shape ", shape_string(t));
+}
+
+std::vector<int64_t> check_cu_seqlens(const char* op, const char* name, const Tensor& t, int64_t total) {
+  check_cu_seqlens_shape(op, name, t, total);
   std::vector<int64_t> values = index_values(t);
   FASTLM_CHECK_VALUE(values.front() == 0, op, ": ", name, " must start with 0, got ", values.front());
   for (size_t i = 1; i < values.size(); ++i) {

@@ -42,7 +42,9 @@ void check_index_vector(const char* op, const char* name, const Tensor& t);
 // Values of a small integer vector (cu_seqlens, cache_seqlens, slot indices) as int64, wherever it lives on the CPU.
 std::vector<int64_t> index_values(const Tensor& t);
 
-// cu_seqlens (S+1,): starts at 0, never decreases, ends at `total`. Returns its values.
+// cu_seqlens (S+1,) of `total` positions, as far as its shape tells: without a sequence there are no positions.
+void check_cu_seqlens_shape(const char* op, const char* name, const Tensor& t, int64_t total);
+// The same and its values: they start with 0, never decrease, end with `total`. Returns them.
 std::vector<int64_t> check_cu_seqlens(const char* op, const char* name, const Tensor& t, int64_t total);
 
 }  // namespace fastlm

@@ -249,6 +249,14 @@ def test_errors(args, kwargs, text):
         conformance.assert_same_error(function, call, ValueError, f"select_tokens: {text}")
 
 
+def test_tokens_of_no_segment():
+    call = Call(
+        (torch.zeros(3), _ones(3)), {"keep_ratio": 0.5, "cu_seqlens": torch.zeros(1, dtype=torch.int32)}
+    )
+    text = "select_tokens: cu_seqlens must have at least 2 elements (0 and 3), got shape (1,)"
+    conformance.assert_same_error(ops.select_tokens, call, ValueError, text, on_meta=False)
+
+
 @pytest.mark.host_values
 @pytest.mark.parametrize(
     ("ends", "text"),

@@ -352,6 +352,13 @@ def test_errors(args, kwargs, text):
         )
 
 
+def test_positions_of_no_sequence():
+    bounds = torch.zeros(1, dtype=torch.int32)
+    call = Call(_PACKED, {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds})
+    text = "sliding_window_attention: cu_seqlens_q must have at least 2 elements (0 and 5), got shape (1,)"
+    conformance.assert_same_error(ops.sliding_window_attention, call, ValueError, text, on_meta=False)
+
+
 @pytest.mark.host_values
 @pytest.mark.parametrize(
     ("options", "text"),

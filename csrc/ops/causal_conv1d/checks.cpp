@@ -45,9 +45,7 @@ bool check_forward(const char* op, const Tensor& x, const Tensor& weight, const 
     check_same_device(op, "seq_idx", *seq_idx, "x", x);
   }
   if (cu_seqlens.has_value()) {
-    check_index_vector(op, "cu_seqlens", *cu_seqlens);
-    FASTLM_CHECK_VALUE(cu_seqlens->size(0) >= 1, op, ": cu_seqlens must have at least 1 element (0), got shape ",
-                       shape_string(*cu_seqlens));
+    check_cu_seqlens_shape(op, "cu_seqlens", *cu_seqlens, x.size(2));
     FASTLM_CHECK_VALUE(x.size(0) == 1, op, ": x must have batch 1 when cu_seqlens is given, got ", x.size(0));
     check_same_device(op, "cu_seqlens", *cu_seqlens, "x", x);
   }

@@ -76,9 +76,7 @@ void check_forward(const char* op, const Tensor& u, const Tensor& delta, const T
   if (z.has_value()) check_like(op, "z", *z, "u", u);
   check_vector(op, "delta_bias", delta_bias, "u", u);
   if (cu_seqlens.has_value()) {
-    check_index_vector(op, "cu_seqlens", *cu_seqlens);
-    FASTLM_CHECK_VALUE(cu_seqlens->size(0) >= 1, op, ": cu_seqlens must have at least 1 element (0), got shape ",
-                       shape_string(*cu_seqlens));
+    check_cu_seqlens_shape(op, "cu_seqlens", *cu_seqlens, u.size(2));
     FASTLM_CHECK_VALUE(u.size(0) == 1, op, ": u must have batch 1 when cu_seqlens is given, got ", u.size(0));
     check_same_device(op, "cu_seqlens", *cu_seqlens, "u", u);
   }

@@ -87,8 +87,7 @@ void check_forward(const char* op, const Tensor& q, const Tensor& k, const Tenso
     return;
   }
   for (const auto& [name, t] : {std::pair{"cu_seqlens_q", &*cu_seqlens_q}, std::pair{"cu_seqlens_k", &*cu_seqlens_k}}) {
-    check_index_vector(op, name, *t);
-    FASTLM_CHECK_VALUE(t->size(0) >= 1, op, ": ", name, " must have at least 1 element (0), got shape ", shape_string(*t));
+    check_cu_seqlens_shape(op, name, *t, t == &*cu_seqlens_q ? q.size(0) : k.size(0));
     check_same_device(op, name, *t, "q", q);
   }
   check_shape(op, "cu_seqlens_k", *cu_seqlens_k, {cu_seqlens_q->size(0)});

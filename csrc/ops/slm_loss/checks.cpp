@@ -61,10 +61,8 @@ bool check_select(const char* op, const Tensor& score, const Tensor& eligible, c
                      dtype_name(eligible.scalar_type()));
   check_same_device(op, "eligible", eligible, "score", score);
   if (cu_seqlens.has_value()) {
-    check_index_vector(op, "cu_seqlens", *cu_seqlens);
+    check_cu_seqlens_shape(op, "cu_seqlens", *cu_seqlens, score.size(0));
     check_same_device(op, "cu_seqlens", *cu_seqlens, "score", score);
-    FASTLM_CHECK_VALUE(cu_seqlens->size(0) >= 1, op, ": cu_seqlens must have at least 1 element (0), got shape ",
-                       shape_string(*cu_seqlens));
   }
   FASTLM_CHECK_VALUE(keep_ratio >= 0 && keep_ratio <= 1, op, ": keep_ratio must be in [0, 1], got ", keep_ratio);
   FASTLM_CHECK_VALUE(tie_break == "index" || tie_break == "random", op, ": tie_break must be 'index' or 'random', got '",
