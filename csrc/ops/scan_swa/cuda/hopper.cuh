@@ -58,6 +58,8 @@ __global__ void __launch_bounds__(kThreads, 1) fused_hopper(const __grid_constan
       team.sync();
     }
   }
+#else
+  __trap();
 #endif
 }
 

@@ -1,6 +1,7 @@
 // Which calls are fused, and how.
 #include "ops/scan_swa/cuda/launch.h"
 
+#include "core/cuda/launch.h"
 #include "ops/selective_scan/cuda/launch.h"
 #include "ops/sliding_window_attention/cuda/hopper.h"
 
@@ -11,7 +12,8 @@ bool fuses(const selective_scan::ForwardParams& scan, DType scan_dtype, const sl
   const bool short_elements = scan_dtype == DType::kBFloat16 || scan_dtype == DType::kFloat16;
   const bool hopper = sliding_window_attention::cuda::hopper_forward_applies(attention, attention_dtype);
   const int64_t most_head = hopper ? kMostHopperHead : 256;
-  return short_elements && scan_dtype == attention_dtype && scan.state <= 16 && attention.head_dim <= most_head &&
+  const bool fits = hopper || warps_shared_bytes<bfloat16>(attention.head_dim) <= fastlm::cuda::current_device().max_shared_bytes;
+  return short_elements && scan_dtype == attention_dtype && scan.state <= 16 && attention.head_dim <= most_head && fits &&
          selective_scan::cuda::plan_split(scan).part == 0;
 }
 

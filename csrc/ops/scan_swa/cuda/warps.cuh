@@ -47,10 +47,13 @@ __global__ void __launch_bounds__(2 * kTeamThreads, 1)
 }
 
 template <class T, int kHeadDim>
+constexpr int kWarpsBytes = swa::ForwardShape<kHeadDim>::kSharedBytes + scan::ForwardSmall<T>::kSharedBytes;
+
+template <class T, int kHeadDim>
 cudaError_t run_warps(const scan::ForwardCall& call, const sliding_window_attention::Params& p, cudaStream_t stream) {
   using Scan = scan::ForwardSmall<T>;
   using Attention = swa::ForwardShape<kHeadDim>;
-  constexpr int kSharedBytes = Attention::kSharedBytes + Scan::kSharedBytes;
+  constexpr int kSharedBytes = kWarpsBytes<T, kHeadDim>;
   const swa::TileOptions options{swa::Scoring<float>(p), swa::vectors_apply(p, DTypeOf<T>::value)};
   const int64_t scan_count = call.split.slots * Scan::blocks(call.p), attention_count = Attention::items(p);
   constexpr unsigned int kThreads = 2 * kTeamThreads;
@@ -58,6 +61,11 @@ cudaError_t run_warps(const scan::ForwardCall& call, const sliding_window_attent
   const int64_t blocks = min_of(max_of(scan_count, attention_count), fitting * fastlm::cuda::current_device().num_sms);
   return fastlm::cuda::launch<fused_warps<T, kHeadDim>>(dim3(static_cast<unsigned int>(blocks)), kThreads, kSharedBytes, stream,
                                                         call, scan_count, p, options, attention_count);
+}
+
+template <class T>
+int warps_shared_bytes(int64_t head_dim) {
+  return head_dim <= 64 ? kWarpsBytes<T, 64> : head_dim <= 128 ? kWarpsBytes<T, 128> : kWarpsBytes<T, 256>;
 }
 
 template <class T>
