@@ -66,7 +66,13 @@ def test_the_residual_stream_it_got_stays():
     assert torch.equal(call.args[0], before)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "five_rows", "odd_sizes", "past_a_piece_bfloat16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bfloat16", "float16", "five_rows", "odd_sizes", "odd_states_one_row"),
+        *("odd_states_one_row_bfloat16", "past_a_piece_bfloat16"),
+    ],
+)
 def test_one_launch_gives_the_bits_of_many(name, device, monkeypatch):
     """FASTLM_STEP_LAUNCH chooses between launches of the CUDA twin; the CPU twin does not look at it."""
     results = []

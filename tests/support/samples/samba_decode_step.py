@@ -104,6 +104,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "one_kv_head": partial(_step, heads=(3, 1), index_dtype=torch.int64),
         "two_taps": partial(_step, taps=2),
         "odd_sizes": partial(_step, (2, 5), 37, 41, 5, 7, (3, 3), 10, (51, 1), 9),
+        "odd_states_one_row": partial(_step, (4,), state=5),
+        "odd_states_one_row_bfloat16": partial(_step, (4,), state=3, dtype=torch.bfloat16),
         "past_a_piece": partial(
             _step, (40,), 128, 300, 16, 8, (4, 4), 32, (200, 200), 64, window_size=(63, 0)
         ),

@@ -76,8 +76,8 @@ __device__ __forceinline__ void run_state(const Product& dt, const StateUpdate& 
   const int warp = team.thread / 32, lane = team.thread % 32, g = lane / 4, c = lane % 4;
   const int rank = static_cast<int>(dt.columns), width = rank + 2 * p.state;
   A* const sums = reinterpret_cast<A*>(shared) + warp * kTokens<T> * kTileRows;
-  A* const vectors = reinterpret_cast<A*>(shared + kSumBytes);  // (tokens, 2 N): B, C
-  T* const low = reinterpret_cast<T*>(vectors + dt.group * 2 * p.state);
+  T* const low = reinterpret_cast<T*>(shared + kSumBytes);                 // rows of whole vectors
+  A* const vectors = reinterpret_cast<A*>(low + dt.group * p.low_stride);  // (tokens, 2 N): B, C
   const Share share = state_share(block, blocks, team);
   for (int first = 0; first < dt.batch; first += dt.group) {
     const int count = min(dt.group, dt.batch - first);
