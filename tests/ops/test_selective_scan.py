@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -77,6 +79,23 @@ def test_exponents_out_of_range(scale, dtype):
     assert_matches_reference(
         ops.selective_scan, reference.selective_scan, Call((), inputs), return_last_state=True
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("delta", [-1e30, -3.3e38, -math.inf])
+def test_a_step_of_nothing_after_softplus(delta, dtype, device):
+    """Such a position neither decays the state nor adds to it, and has a gradient of zero."""
+    inputs = scan_inputs(Draw("nothing", device), 1, 20, 9, 4, dtype=dtype)
+    inputs["delta"] = inputs["delta"].clone()
+    inputs["delta"][..., 3:] = delta
+    inputs["delta"].requires_grad_()
+    out, last = ops.selective_scan(**inputs, return_last_state=True)
+    _, before = ops.selective_scan(**positions(inputs, 0, 3), return_last_state=True)
+    torch.testing.assert_close(last, before, rtol=1e-6, atol=0)
+    assert out.isfinite().all()
+    (gradient,) = torch.autograd.grad(out.sum(), inputs["delta"])
+    assert gradient.isfinite().all()
+    assert not gradient[..., 3:].any()
 
 
 def test_nan_stays_where_it_came_in():
@@ -294,6 +313,15 @@ BAD_CALLS = [
         "u must have batch 1 when cu_seqlens is given, got 2",
     ),
 ]
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_positions_of_no_sequence(op):
+    bounds = torch.zeros(1, dtype=torch.int32)
+    inputs = _good() if op == "selective_scan" else {"x": _x(1, 6, 9), "weight": _x(6, 4)}
+    text = f"{op}: cu_seqlens must have at least 2 elements (0 and 9), got shape (1,)"
+    call = Call((), inputs | {"cu_seqlens": bounds})
+    conformance.assert_same_error(getattr(ops, op), call, ValueError, text, on_meta=False)
 
 
 @pytest.mark.parametrize(("changes", "text"), [c[1:] for c in BAD_CALLS], ids=[c[0] for c in BAD_CALLS])

@@ -49,8 +49,11 @@ __device__ __forceinline__ float softplus(float x) {
   p = fmaf(p, s2, 4.002491022e-1f);
   p = fmaf(p, s2, 6.666631468e-1f);
   p = fmaf(p, s2, 2.000000008f);
-  const float y = fmaf(p, s, fmaxf(x, 0.0f));       // rounds to x above 20
-  if constexpr (kExact) return x <= 20.0f ? y : x;  // an infinite x has no rest
+  const float y = fmaf(p, s, fmaxf(x, 0.0f));  // rounds to x above 20
+  if constexpr (kExact) {                      // what is too large for the product has no rest; NaN stays
+    if (x > 20.0f) return x;
+    return x < -126.0f ? 0.0f : y;
+  }
   return y;
 }
 template <bool kExact>
