@@ -22,8 +22,9 @@ std::tuple<Tensor, Tensor, Tensor> select(Tensor score, Tensor eligible, Optiona
                                           std::string tie_break, int64_t seed) {
   constexpr const char* op = "select_tokens";
   const bool random_ties = check_select(op, score, eligible, cu_seqlens, keep_ratio, tie_break);
-  FASTLM_CHECK_VALUE(score.numel() <= std::numeric_limits<int32_t>::max(), op,
-                     ": score must have less than 2^31 elements on CUDA, got ", score.numel());
+  constexpr int64_t kMostTokens = std::numeric_limits<int32_t>::max() - 4096;  // positions a few rows further on fit as well
+  FASTLM_CHECK_VALUE(score.numel() <= kMostTokens, op, ": score must have at most ", kMostTokens, " elements on CUDA, got ",
+                     score.numel());
   const DeviceGuard guard(score.get_device_index());
   const ScalarType acc = accumulation_dtype(score.scalar_type());
   const Tensor scores = torch::stable::contiguous(score);

@@ -14,10 +14,10 @@ bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType
 
 }  // namespace
 
-Backend row_backend(const RowProduct& p, DType dtype, Layout b, int parts) {
+Backend row_backend(const RowProduct& p, DType dtype, Layout b, int parts, bool streams) {
   if (!is_16_bit(dtype)) return Backend::kFma;
   const int64_t groups = p.rows.offsets == nullptr ? 1 : p.rows.groups;
-  if (p.rows.rows <= kStreamedRows * groups) return Backend::kStream;
+  if (streams && p.rows.rows <= kStreamedRows * groups) return Backend::kStream;
   return hopper_applies(p, dtype, b, parts) ? Backend::kHopper : Backend::kMma;
 }
 Backend outer_backend(const OuterProduct& p, DType dtype) {

@@ -14,8 +14,8 @@
 
 namespace fastlm::cuda::gemm {
 
-// `backend` is what row_backend said of this product.
-template <class T, Layout kB, class Epilogue>
+// `backend` is what row_backend said of this product, with this `streams`.
+template <class T, Layout kB, bool kStreams = true, class Epilogue>
 cudaError_t row_product(Backend backend, const RowProduct& p, const Epilogue& epilogue, cudaStream_t stream) {
 #ifdef FASTLM_HOPPER_KERNELS
   if constexpr (sizeof(T) == 2) {
@@ -24,7 +24,9 @@ cudaError_t row_product(Backend backend, const RowProduct& p, const Epilogue& ep
 #endif
   (void)backend;
   if constexpr (sizeof(T) == 2) {
-    if (backend == Backend::kStream) return stream_row_product<T, kB>(p, epilogue, stream);
+    if constexpr (kStreams) {
+      if (backend == Backend::kStream) return stream_row_product<T, kB>(p, epilogue, stream);
+    }
     return mma_row_product<T, kB>(p, epilogue, stream);
   } else {
     return fma_row_product<T, kB>(p, epilogue, stream);

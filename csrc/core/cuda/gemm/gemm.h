@@ -5,8 +5,8 @@
 
 namespace fastlm::cuda::gemm {
 
-// `b`: the layout of B; `parts`: of the epilogue.
-Backend row_backend(const RowProduct& p, DType dtype, Layout b, int parts);
+// `b`: the layout of B; `parts`: of the epilogue. `streams`: kStream may be chosen; without it the number of rows has no say.
+Backend row_backend(const RowProduct& p, DType dtype, Layout b, int parts, bool streams = true);
 Backend outer_backend(const OuterProduct& p, DType dtype);
 
 }  // namespace fastlm::cuda::gemm

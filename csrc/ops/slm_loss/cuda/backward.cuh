@@ -184,8 +184,8 @@ class BackwardWave {
                                              {c_.dlogits, c_.plan.words, 0},
                                              c_.dbias == nullptr ? nullptr : static_cast<A*>(c_.bias_slabs)};
     const auto p = logits_product(c_.head, c_.chosen, c_.wave, first_, word, words, sizeof(T));
-    const auto backend = fastlm::cuda::gemm::row_backend(p, kType, Layout::kDepth, 1);
-    return fastlm::cuda::gemm::row_product<T, Layout::kDepth>(backend, p, epilogue, stream_);
+    const auto backend = fastlm::cuda::gemm::row_backend(p, kType, Layout::kDepth, 1, false);
+    return fastlm::cuda::gemm::row_product<T, Layout::kDepth, false>(backend, p, epilogue, stream_);
   }
 
   cudaError_t dhidden(int64_t word, int64_t words) const {
@@ -198,8 +198,8 @@ class BackwardWave {
     p.b = {static_cast<const T*>(c_.head.weight) + word * c_.head.weight_row_stride, c_.head.weight_row_stride, 0, nullptr,
            words};
     const Sums<T> epilogue{nullptr, {}, {c_.dhidden_sum, c_.head.hidden_size, 0}, word > 0};
-    const auto backend = fastlm::cuda::gemm::row_backend(p, kType, Layout::kWidth, 1);
-    return fastlm::cuda::gemm::row_product<T, Layout::kWidth>(backend, p, epilogue, stream_);
+    const auto backend = fastlm::cuda::gemm::row_backend(p, kType, Layout::kWidth, 1, false);
+    return fastlm::cuda::gemm::row_product<T, Layout::kWidth, false>(backend, p, epilogue, stream_);
   }
 
   cudaError_t dweight(int64_t word, int64_t words) const {

@@ -74,7 +74,8 @@ cudaError_t run_forward_as(const ForwardCall& c, cudaStream_t stream) {
     cudaError_t status = launch_gather(c.head, nullptr, c.chosen, c.wave, first, nullptr, nullptr, kType, stream);
     if (status != cudaSuccess) return status;
     const auto product = logits_product(c.head, c.chosen, c.wave, first, 0, c.head.vocab, sizeof(T));
-    status = fastlm::cuda::gemm::row_product<T, fastlm::cuda::gemm::Layout::kDepth>(c.plan.backend, product, epilogue, stream);
+    status =
+        fastlm::cuda::gemm::row_product<T, fastlm::cuda::gemm::Layout::kDepth, false>(c.plan.backend, product, epilogue, stream);
     if (status != cudaSuccess) return status;
     if (status = launch_finish(c, first, kType, stream); status != cudaSuccess) return status;
   }

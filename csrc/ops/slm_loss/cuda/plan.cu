@@ -34,7 +34,7 @@ ForwardPlan plan_forward(const Head& head, DType dtype, bool entropy) {
   plan.stride = row_stride(head, dtype);
   const Wave wave{std::min(kMostRows, head.tokens), plan.stride, nullptr, nullptr};
   const auto product = logits_product(head, {}, wave, 0, 0, head.vocab, element_bytes(dtype));
-  plan.backend = fastlm::cuda::gemm::row_backend(product, dtype, fastlm::cuda::gemm::Layout::kDepth, 1);
+  plan.backend = fastlm::cuda::gemm::row_backend(product, dtype, fastlm::cuda::gemm::Layout::kDepth, 1, false);
   plan.slabs = ceil_div(head.vocab, fastlm::cuda::gemm::slab_columns(plan.backend, 1));
   const int64_t most = std::min(fitting(128 * kMiB, plan.slabs * (entropy ? 3 : 2) * acc_bytes(dtype), kRowTile, kMostRows),
                                 fitting(128 * kMiB, plan.stride * element_bytes(dtype), kRowTile, kMostRows));

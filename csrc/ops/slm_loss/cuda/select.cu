@@ -50,7 +50,7 @@ SelectPlan plan_select(int64_t total, int64_t segments, DType dtype, bool random
 }
 
 cudaError_t launch_select(const SelectParams& p, const SelectPlan& plan, DType dtype, cudaStream_t stream) {
-  if (p.segments == 0) return cudaMemsetAsync(p.mask, 0, static_cast<size_t>(p.total), stream);
+  if (p.segments == 0) return cudaSuccess;  // and no tokens: the adapter has checked that
   if (plan.workspace_bytes > 0) {
     const cudaError_t status = cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(plan.workspace_bytes), stream);
     if (status != cudaSuccess) return status;
