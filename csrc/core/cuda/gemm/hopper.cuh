@@ -129,6 +129,14 @@ __device__ __forceinline__ void hopper_producer(Tiles& tiles, const HopperOperan
   mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
   shared.tiles[ring.stage].group = -1;
   mbarrier_arrive(shared.full + ring.stage);
+  if constexpr (kBlocks > 1) {
+    // The block must stay while the other one may still arrive here. What the other one copies here has come by then: consumers
+    // have waited for it.
+    for (int i = 1; i < S::kStages; ++i) {
+      ring.step();
+      mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+    }
+  }
 }
 
 // Zeros instead of steps `from` and later of a stage, all of whose panels are MN-major; by all consumers.
@@ -217,24 +225,13 @@ __device__ __forceinline__ void hopper_product(Tiles& tiles, const HopperOperand
   } else {
     cluster_sync();
   }
-  // At the end the other block may still write here. Each role waits for itself: were they to come together again before that,
-  // the compiler would take their loops for divergent and keep addresses out of uniform registers.
-  const auto leave = [] {
-    if constexpr (kBlocks > 1) cluster_sync();
-  };
   if (warpgroup == 0) {
     give_registers<40>();
-    if (thread == 0) {
-      hopper_producer<kA, kB, Epilogue::kParts, kBlocks>(tiles, operands, shared, n, k);
-      leave();
-      return;
-    }
-    leave();
+    if (thread == 0) hopper_producer<kA, kB, Epilogue::kParts, kBlocks>(tiles, operands, shared, n, k);
     return;
   }
   take_registers<232>();
   hopper_consumer<T, kA, kB, kBlocks>(shared, warpgroup - 1, thread % 128, n, epilogue);
-  leave();
 }
 
 template <class T, Layout kB, int kBlocks, class Epilogue>
@@ -245,6 +242,8 @@ __global__ void __launch_bounds__(HopperShape::kThreads, 1)
   RowTiles<kBlocks * HopperShape::kRows, HopperShape::kColumns / Epilogue::kParts> tiles(p.rows, p.n, blockIdx.x / kBlocks,
                                                                                          gridDim.x / kBlocks);
   hopper_product<T, Layout::kDepth, kB, kBlocks>(tiles, operands, p.n, p.k, epilogue);
+#else
+  __trap();
 #endif
 }
 
@@ -257,6 +256,8 @@ __global__ void __launch_bounds__(HopperShape::kThreads, 1)
   OuterTiles<kBlocks * HopperShape::kRows, HopperShape::kColumns> tiles(p.rows, p.m, p.n, blockIdx.x / kBlocks,
                                                                         gridDim.x / kBlocks);
   hopper_product<T, Layout::kWidth, Layout::kWidth, kBlocks>(tiles, operands, p.n, 0, epilogue);
+#else
+  __trap();
 #endif
 }
 

@@ -15,12 +15,11 @@ namespace fastlm::cuda::gemm {
 constexpr int kHopperRows = 128, kHopperDepth = 64;
 
 // `lines` lines of `elements` of `m`, a matrix for each of `groups`, as boxes of 64 elements of `box` lines. A dimension of one
-// element never moves: its stride may be anything that is allowed.
+// element never moves: its stride may be anything that is allowed, and is that of the dimension inside of it.
 inline TensorShape operand_shape(const Matrix& m, int64_t elements, int64_t lines, int64_t groups, int box) {
-  const auto stride = [](int64_t size, int64_t distance) { return size == 1 ? 16 : distance * 2; };
   if (m.group_stride == 0) groups = 1;
-  return {
-      m.data, {elements, lines, groups, 1}, {stride(lines, m.line_stride), stride(groups, m.group_stride), 16}, {64, box, 1, 1}};
+  const int64_t line = lines == 1 ? (elements + 7) / 8 * 16 : m.line_stride * 2, group = groups == 1 ? line : m.group_stride * 2;
+  return {m.data, {elements, lines, groups, 1}, {line, group, group}, {64, box, 1, 1}};
 }
 
 inline TensorShape left_shape(const RowProduct& p) {

@@ -370,6 +370,8 @@ __global__ void __launch_bounds__(BackwardShape<kD>::kThreads, 1) hopper_backwar
     take_registers<232>();
     backward_consumer<T, kD, kSoftcap, 1>(f, memory, t, warpgroup - 1, thread % 128);
   }
+#else
+  __trap();
 #endif
 }
 

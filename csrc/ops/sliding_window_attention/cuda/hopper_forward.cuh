@@ -366,6 +366,8 @@ __global__ void __launch_bounds__(HopperShape<kD>::kThreads, 1) hopper_forward(c
     take_registers<232>();
     forward_consumer<T, kD, kFirstBarrier>(f, memory, warpgroup - 1, thread % 128, block, blocks);
   }
+#else
+  __trap();
 #endif
 }
 

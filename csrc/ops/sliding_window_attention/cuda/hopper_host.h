@@ -32,15 +32,14 @@ bool vector_rows(const Rows& rows) {
 }
 
 // (batch, positions, heads, K) as boxes of 64 columns of `rows` positions of one head. A dimension of one element never moves:
-// its stride may be anything that is allowed.
+// its stride may be anything that is allowed, and is that of the dimension inside of it.
 template <class Rows>
 TensorShape rows_shape(const Params& p, const Rows& t, int64_t heads, int64_t positions, int rows) {
   const int64_t batch = p.device.cu_q == nullptr ? p.device.num_sequences : 1;
-  const auto stride = [](int64_t size, int64_t elements) { return size == 1 ? 16 : elements * 2; };
-  return {t.ptr,
-          {p.head_dim, heads, positions, batch},
-          {stride(heads, t.head_stride), stride(positions, t.seq_stride), stride(batch, t.batch_stride)},
-          {64, 1, rows, 1}};
+  const auto stride = [](int64_t size, int64_t elements, int64_t inner) { return size == 1 ? inner : elements * 2; };
+  const int64_t head = stride(heads, t.head_stride, p.head_dim * 2), position = stride(positions, t.seq_stride, head);
+  return {
+      t.ptr, {p.head_dim, heads, positions, batch}, {head, position, stride(batch, t.batch_stride, position)}, {64, 1, rows, 1}};
 }
 template <class Rows>
 cudaError_t rows_map(TensorMap& map, DType dtype, const Params& p, const Rows& t, int64_t heads, int64_t positions, int rows) {
