@@ -25,10 +25,11 @@ void check_launch(const char* op, cudaError_t status) {
       status == cudaErrorUnsupportedPtxVersion) {
     const cuda::Device& device = cuda::current_device();
     const std::string number = std::to_string(device.major) + std::to_string(device.minor);
+    const std::string wanted = number == "90" ? "90a" : number;  // with the kernels that only those devices have
     throw std::runtime_error(
         join_text(op, ": this build of fastlm has kernels for sm_", FASTLM_CUDA_ARCHITECTURES, " and the device is sm_", number,
                   device.major < 8 ? "; the operators need compute capability 8.0 or later"
-                                   : "; install it again with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=" + number));
+                                   : "; install it again with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=" + wanted));
   }
   throw std::runtime_error(std::string(op) + ": the CUDA launch failed: " + cudaGetErrorString(status));
 }

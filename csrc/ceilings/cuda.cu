@@ -131,7 +131,10 @@ struct Buffer {
   void* data = nullptr;
   explicit Buffer(size_t bytes) {
     check(cudaMalloc(&data, bytes));
-    check(cudaMemset(data, 0, bytes));
+    if (const cudaError_t status = cudaMemset(data, 0, bytes); status != cudaSuccess) {
+      cudaFree(data);
+      check(status);
+    }
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

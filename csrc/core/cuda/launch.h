@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <type_traits>
 
 namespace fastlm::cuda {
@@ -57,14 +58,17 @@ int blocks_per_sm(unsigned int, size_t) {
 template <auto kKernel>
 cudaError_t allow_shared(size_t shared_bytes) {
   static std::atomic<size_t> allowed[64];
+  static std::mutex raising;  // the attribute is set, not raised: a smaller size must not come second
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
   std::atomic<size_t>& so_far = allowed[device % 64];
+  if (shared_bytes <= so_far.load(std::memory_order_acquire)) return cudaSuccess;
+  const std::lock_guard<std::mutex> lock(raising);
   if (shared_bytes <= so_far.load(std::memory_order_relaxed)) return cudaSuccess;
   const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (status == cudaSuccess) so_far.store(shared_bytes, std::memory_order_relaxed);
+  if (status == cudaSuccess) so_far.store(shared_bytes, std::memory_order_release);
   return status;
 }
 
