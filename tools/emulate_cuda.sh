@@ -42,3 +42,6 @@ run 90 2 $all $some "$@"
 run 80 1 $some "$@"
 run 90 0 $products "$@" -k "($few) and $left_out and not gradcheck"
 run 80 1 $products "$@" -k "($few) and $left_out and not gradcheck"
+# Devices whose blocks have 99 KB of shared memory: what needs more must go another way.
+small="$(tests cuda scan_forms) $(tests ops sliding_window_attention scan_swa causal_conv1d select_tokens samba_decode grin_route)"
+run 86 0 $small "$@" -k "(one_launch or test_matches_reference or past_a_tile) and $left_out"
