@@ -43,17 +43,15 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(facts)
     if operators := report.get("operators"):
         table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-        for column in ("operator", "CPU", "CUDA", "fake", "grad", "err fwd", "err bwd", "GB/s", ""):
-            number = column in ("err fwd", "err bwd", "GB/s")
-            number = column in ("err fwd", "err bwd", "GB/s")
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        devices = {"": ""} | ({"CUDA ": "cuda_"} if any(_on_cuda(row) for row in operators) else {})
+        numbers = [f"{device}{column}" for device in devices for column in ("err fwd", "err bwd", "GB/s")]
+        for column in ("operator", "CPU", "CUDA", "fake", "grad", *numbers, ""):
+            table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
         for row in operators:
             table.add_row(
                 row["name"],
                 *(_yes(row[key]) for key in ("cpu", "cuda", "fake", "autograd")),
-                _number(row["forward_error"], ".1e"),
-                _number(row["backward_error"], ".1e"),
-                _number(row["gb_per_second"], ".2f"),
+                *(text for before in devices.values() for text in _measured(row, before)),
                 "[green]ok[/]" if row["ok"] else "[red]failed[/]",
             )
         console.print(table)
@@ -64,6 +62,18 @@ def print_report(report: dict[str, Any]) -> None:
         console.print("[green]Everything that is built works.[/]")
     else:
         console.print(report["problem"], style="red", markup=False)
+
+
+def _on_cuda(row: dict[str, Any]) -> bool:
+    return row["cuda_forward_error"] is not None
+
+
+def _measured(row: dict[str, Any], before: str) -> tuple[str, str, str]:
+    return (
+        _number(row[f"{before}forward_error"], ".1e"),
+        _number(row[f"{before}backward_error"], ".1e"),
+        _number(row[f"{before}gb_per_second"], ".2f"),
+    )
 
 
 def _yes(value: bool | None) -> str:

@@ -345,13 +345,17 @@ def test_doctor_tests_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
         if n[:8] == "fastlm::"
     }
     assert set(rows) == {name for name in registered if not name.endswith("_backward")}
-    for name in doctor.CASES:
-        row = rows[name]
+    assert set(doctor.CASES) == set(rows)
+    for name, row in rows.items():
         assert row["cpu"]
         assert row["fake"]
         assert row["forward_error"] <= doctor.TOLERANCE
         assert row["gb_per_second"] > 0
-        if name.endswith("_update") or name in ("moe_plan", "select_tokens"):  # in place; a choice
+        if name.endswith("_update") or name in (
+            "samba_decode_step",
+            "moe_plan",
+            "select_tokens",
+        ):  # in place; a choice
             assert row["autograd"] is None
         else:
             assert row["autograd"]
@@ -375,6 +379,39 @@ def test_doctor_finds_a_wrong_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(done.stdout)["problem"] == "self-test failed: causal_conv1d"
     shown = CliRunner().invoke(app, ["doctor"])
     assert "causal_conv1d: error" in shown.stdout.replace("\n", " ")
+
+
+def test_doctor_tests_the_cuda_kernels_where_there_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second device of another name stands for the card, with kernels that are wrong for one operator."""
+    from fastlm import doctor, ops
+
+    known, right = doctor._has_kernel, ops.grouped_gemm
+    card = torch.device("cpu", 0)  # equal to no other device of this test
+    monkeypatch.setattr(doctor, "_devices", lambda: {"cpu": torch.device("cpu"), "cuda": card})
+    monkeypatch.setattr(doctor, "_has_kernel", lambda name, key: key == "CUDA" or known(name, key))
+    calls: list[int] = []
+
+    def second_half_is_wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return right(*args, **kwargs) * (
+            1 if len(calls) <= 5 else 1.001
+        )  # 5: a comparison and four timed calls
+
+    monkeypatch.setattr(ops, "grouped_gemm", second_half_is_wrong)
+    report = doctor.examine()
+    rows = {row["name"]: row for row in report["operators"]}
+    assert report["problem"] == "self-test failed: grouped_gemm"
+    assert rows["grouped_gemm"]["problem"].startswith("on cuda: error")
+    assert (
+        rows["grouped_gemm"]["forward_error"] <= doctor.TOLERANCE < rows["grouped_gemm"]["cuda_forward_error"]
+    )
+    for name, row in rows.items():
+        assert row["cuda"]
+        assert row["cuda_gb_per_second"] > 0
+        assert name == "grouped_gemm" or row["cuda_forward_error"] <= doctor.TOLERANCE
+        assert (row["cuda_backward_error"] is None) == (row["backward_error"] is None)
+    shown = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert "CUDA err fwd" in shown.stdout
 
 
 def test_doctor_says_why_fastlm_does_not_import(tmp_path: Path) -> None:

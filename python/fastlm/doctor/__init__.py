@@ -1,7 +1,8 @@
 """What is built, what runs, and why not: the report behind `fastlm doctor`.
 
 Every operator is looked up in torch's dispatcher (CPU, CUDA, fake, autograd kernels) and, where it has a
-case here, run against `fastlm.reference` forward and backward on a small shape and timed on a larger one.
+case, run against `fastlm.reference` forward and backward on a small shape and timed on a larger one: on the
+CPU, and on the CUDA device if there is one. The reference runs on the CPU.
 The times are rough: a few repetitions and no pinning; `fastlm bench` measures properly.
 """
 
@@ -21,11 +22,13 @@ from torch import Tensor
 
 import fastlm
 from fastlm import ops, reference
+from fastlm.doctor.cases import CASES, Call
 
 TOLERANCE = 1e-4  # float32, relative to the largest value of the reference
 PACKAGES = ("fastlm", "torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")
-Call = tuple[list[Any], dict[str, Any]]
 LEVELS = ("default", "avx2", "avx512", "avx512_bf16")
+# An operator whose gradient is that of other operators.
+COMPOSED = {"scan_swa"}
 
 
 @dataclass
@@ -40,6 +43,9 @@ class OperatorReport:
     forward_error: float | None = None
     backward_error: float | None = None
     gb_per_second: float | None = None
+    cuda_forward_error: float | None = None
+    cuda_backward_error: float | None = None
+    cuda_gb_per_second: float | None = None
     ok: bool = True
     problem: str = ""
 
@@ -153,40 +159,60 @@ def _has_fake(name: str) -> bool:
 
 def _examine(name: str) -> OperatorReport:
     has_backward = f"fastlm::{name}_backward" in {found.partition(".")[0] for found in _registered()}
+    has_gradient = has_backward or name in COMPOSED
     row = OperatorReport(
         name=name,
         cpu=_has_kernel(name, "CPU"),
         cuda=_has_kernel(name, "CUDA"),
         fake=_has_fake(name),
-        autograd=_has_kernel(name, "Autograd") if has_backward else None,
+        autograd=_has_kernel(name, "Autograd") if has_gradient else None,
     )
     if not row.cpu and not row.cuda:
         row.ok, row.problem = False, "declared, but no kernel is built"
-        return row
-    case = CASES.get(name)
-    if case is None or not row.cpu:
-        return row
+    elif name in CASES:
+        for kind, device in _devices().items():
+            if row.ok and getattr(row, kind):
+                _test(row, kind, device, gradients=has_gradient)
+    return row
+
+
+def _devices() -> dict[str, torch.device]:
+    """Where operators are tested: field of the report that says whether there is a kernel, and the device."""
+    found = {"cpu": torch.device("cpu")}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.device("cuda")
+    return found
+
+
+def _test(row: OperatorReport, kind: str, device: torch.device, *, gradients: bool) -> None:
+    """Fills the fields of one kind of device."""
+    before, where = ("", "") if kind == "cpu" else (f"{kind}_", f"on {kind}: ")
+    case = CASES[row.name]
     try:
         torch.manual_seed(0)
-        row.forward_error, row.backward_error = _compare(name, case.small, gradients=has_backward)
-        row.gb_per_second = _speed(name, case.large)
+        forward, backward = _compare(row.name, case.small, device, gradients=gradients)
+        speed = _speed(row.name, case.large, device)
     except Exception as error:  # the report is about what goes wrong, whatever it is
-        row.ok, row.problem = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return row
-    worst = max(row.forward_error, row.backward_error or 0.0)
+        row.ok, row.problem = False, f"{where}{type(error).__name__}: {' '.join(str(error).split())}"
+        return
+    setattr(row, f"{before}forward_error", forward)
+    setattr(row, f"{before}backward_error", backward)
+    setattr(row, f"{before}gb_per_second", speed)
+    worst = max(forward, backward or 0.0)
     if not worst <= TOLERANCE:
-        row.ok, row.problem = False, f"error {worst:.1e}, expected at most {TOLERANCE:.0e}"
-    return row
+        row.ok, row.problem = False, f"{where}error {worst:.1e}, expected at most {TOLERANCE:.0e}"
 
 
 # The self-test
 
 
-def _compare(name: str, make: Callable[[], Call], *, gradients: bool) -> tuple[float, float | None]:
+def _compare(
+    name: str, make: Callable[[], Call], device: torch.device, *, gradients: bool
+) -> tuple[float, float | None]:
     """Largest relative errors of outputs (with tensors written in place) and of gradients."""
     args, kwargs = make()
-    ours, ours_in = _run(getattr(ops, name), args, kwargs, gradients)
-    expected, expected_in = _run(getattr(reference, name), args, kwargs, gradients)
+    ours, ours_in = _run(getattr(ops, name), args, kwargs, device, gradients)
+    expected, expected_in = _run(getattr(reference, name), args, kwargs, torch.device("cpu"), gradients)
     outputs = [*ours, *(t for t in ours_in if not t.requires_grad)]
     wanted = [*expected, *(t for t in expected_in if not t.requires_grad)]
     forward = max(_error(a, b) for a, b in zip(outputs, wanted, strict=True))
@@ -203,15 +229,19 @@ def _compare(name: str, make: Callable[[], Call], *, gradients: bool) -> tuple[f
 
 
 def _run(
-    function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], gradients: bool
+    function: Callable[..., Any],
+    args: list[Any],
+    kwargs: dict[str, Any],
+    device: torch.device,
+    gradients: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Calls with copies of the arguments; returns output tensors and the copied floating arguments."""
+    """Calls with copies of the arguments on a device; returns output tensors and the copied floating arguments."""
     copies: list[Tensor] = []
 
     def copied(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        copy = value.detach().clone()
+        copy = value.detach().to(device, copy=True)
         if copy.is_floating_point():
             copies.append(copy.requires_grad_(gradients))
         return copy
@@ -221,7 +251,9 @@ def _run(
     if gradients:
         # Weights that differ from place to place, so that errors cannot cancel.
         loss = sum(
-            (o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for o in outputs if o.requires_grad
+            (o * torch.linspace(-1, 1, o.numel(), device=device).view_as(o)).sum()
+            for o in outputs
+            if o.requires_grad
         )
         assert isinstance(loss, Tensor)
         loss.backward()
@@ -234,112 +266,29 @@ def _error(ours: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
     scale = expected.double().abs().max().clamp_min(1e-6)
-    error = (ours.double() - expected.double()).abs().max() / scale
+    error = (ours.detach().cpu().double() - expected.double()).abs().max() / scale
     return float(error) if bool(torch.isfinite(error)) else float("inf")
 
 
-def _speed(name: str, make: Callable[[], Call]) -> float:
+def _speed(name: str, make: Callable[[], Call], device: torch.device) -> float:
     """Bytes of arguments and results over the best of a few forward runs."""
-    args, kwargs = make()
+    made, named = make()
+    args = [a.to(device) if isinstance(a, Tensor) else a for a in made]
+    kwargs = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in named.items()}
     function = getattr(ops, name)
     best = float("inf")
     with torch.inference_mode():
         for _ in range(4):
+            _wait_for(device)
             started = time.perf_counter()
             out = function(*args, **kwargs)
+            _wait_for(device)
             best = min(best, time.perf_counter() - started)
     outputs = [out] if isinstance(out, Tensor) else list(out)
     tensors = [t for t in (*args, *kwargs.values(), *outputs) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors) / best / 1e9
 
 
-@dataclass(frozen=True)
-class Case:
-    """Arguments of one operator: a small odd shape for the comparison, a larger one for the time."""
-
-    small: Callable[[], Call]
-    large: Callable[[], Call]
-
-
-def _conv(b: int, d: int, length: int) -> Call:
-    return [torch.randn(b, d, length), torch.randn(d, 4), torch.randn(d)], {"activation": "silu"}
-
-
-def _conv_update(b: int, d: int) -> Call:
-    return [torch.randn(b, d), torch.randn(b, d, 3), torch.randn(d, 4), torch.randn(d)], {
-        "activation": "silu"
-    }
-
-
-def _scan(b: int, d: int, length: int, n: int) -> Call:
-    u, delta, z = (torch.randn(b, d, length) for _ in range(3))
-    shared = [torch.randn(b, n, length) for _ in range(2)]
-    arguments = [u, delta, -torch.rand(d, n) - 0.5, *shared, torch.randn(d), z, torch.randn(d) - 2]
-    return arguments, {"delta_softplus": True, "return_last_state": True}
-
-
-def _state_update(b: int, d: int, n: int) -> Call:
-    state, a = torch.randn(b, d, n), -torch.rand(d, n) - 0.5
-    x, dt, z = (torch.randn(b, d) for _ in range(3))
-    shared = [torch.randn(b, n) for _ in range(2)]
-    return [state, x, dt, a, *shared, torch.randn(d), z, torch.randn(d) - 2], {"dt_softplus": True}
-
-
-def _attention(b: int, length: int, window: int) -> Call:
-    heads = [torch.randn(b, length, count, 32) for count in (4, 2, 2)]
-    return heads, {"window_size": (window - 1, 0)}
-
-
-def _attention_update(b: int, window: int) -> Call:
-    heads = [torch.randn(b, 1, count, 32) for count in (4, 2, 2)]
-    caches = [torch.randn(b, window, 2, 32) for _ in range(2)]
-    seen = torch.arange(b, dtype=torch.int32) * 5 + 3
-    return [*heads, *caches, seen], {"window_size": (window - 1, 0)}
-
-
-def _route(tokens: int, experts: int) -> Call:
-    return [torch.randn(tokens, experts)], {"jitter_eps": 0.2}
-
-
-def _plan(tokens: int, experts: int) -> Call:
-    return [torch.randint(-1, experts, (tokens, 2)), experts], {}
-
-
-def _grouped_gemm(rows: int, depth: int, columns: int) -> Call:
-    offsets = torch.tensor([0, rows // 3, rows // 3, rows])  # one group is empty
-    return [torch.randn(rows, depth), torch.randn(3, columns, depth), offsets], {}
-
-
-def _experts(tokens: int, hidden: int, inner: int, experts: int) -> Call:
-    weights, ids = torch.randn(tokens, experts).softmax(-1).topk(2)
-    gate_up, down = torch.randn(experts, 2 * inner, hidden), torch.randn(experts, hidden, inner)
-    return [torch.randn(tokens, hidden), gate_up * 0.1, down * 0.1, ids, weights], {}
-
-
-def _linear_nll(tokens: int, hidden: int, vocab: int) -> Call:
-    labels = torch.randint(vocab, (tokens,))
-    labels[::7] = -100
-    return [torch.randn(tokens, hidden), torch.randn(vocab, hidden) * 0.1, labels], {}
-
-
-def _select_tokens(tokens: int) -> Call:
-    arguments = [torch.randn(tokens), torch.rand(tokens) < 0.9]
-    return arguments, {"keep_ratio": 0.6}
-
-
-CASES: dict[str, Case] = {
-    "causal_conv1d": Case(lambda: _conv(2, 19, 37), lambda: _conv(1, 512, 2048)),
-    "causal_conv1d_update": Case(lambda: _conv_update(3, 19), lambda: _conv_update(16, 1024)),
-    "selective_scan": Case(lambda: _scan(2, 19, 37, 5), lambda: _scan(1, 512, 2048, 16)),
-    "selective_state_update": Case(lambda: _state_update(3, 19, 5), lambda: _state_update(16, 1024, 16)),
-    "sliding_window_attention": Case(lambda: _attention(2, 37, 9), lambda: _attention(1, 2048, 256)),
-    "sliding_window_attention_update": Case(
-        lambda: _attention_update(3, 9), lambda: _attention_update(16, 256)
-    ),
-    "grin_route": Case(lambda: _route(37, 5), lambda: _route(4096, 16)),
-    "moe_plan": Case(lambda: _plan(37, 5), lambda: _plan(4096, 16)),
-    "grouped_gemm": Case(lambda: _grouped_gemm(37, 19, 23), lambda: _grouped_gemm(512, 256, 256)),
-    "moe_experts": Case(lambda: _experts(37, 19, 23, 5), lambda: _experts(512, 256, 256, 8)),
-    "linear_nll": Case(lambda: _linear_nll(37, 19, 53), lambda: _linear_nll(512, 256, 4096)),
-    "select_tokens": Case(lambda: _select_tokens(37), lambda: _select_tokens(32768)),
-}
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
