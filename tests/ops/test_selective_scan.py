@@ -84,7 +84,7 @@ def test_exponents_out_of_range(scale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("delta", [-1e30, -3.3e38, -math.inf])
 def test_a_step_of_nothing_after_softplus(delta, dtype, device):
-    """Such a position neither decays the state nor adds to it, and has a gradient of zero."""
+    """Such a position neither decays the state nor adds to it, and has no gradient above the smallest numbers."""
     inputs = scan_inputs(Draw("nothing", device), 1, 20, 9, 4, dtype=dtype)
     inputs["delta"] = inputs["delta"].clone()
     inputs["delta"][..., 3:] = delta
@@ -95,7 +95,7 @@ def test_a_step_of_nothing_after_softplus(delta, dtype, device):
     assert out.isfinite().all()
     (gradient,) = torch.autograd.grad(out.sum(), inputs["delta"])
     assert gradient.isfinite().all()
-    assert not gradient[..., 3:].any()
+    assert gradient[..., 3:].abs().max() <= 1e-36
 
 
 def test_nan_stays_where_it_came_in():
