@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ class _Fails:
     """In place of a worker: what is asked ends in `answers`, by whether peers take part."""
 
     stage = "forward: bad peer"
-    answers: dict[bool, dict | str] = {}  # noqa: RUF012
+    answers: ClassVar[dict[bool, dict | str]] = {}
 
     def __init__(self, *words: object) -> None:
         self._ours_only = False

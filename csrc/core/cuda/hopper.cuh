@@ -13,8 +13,7 @@
 #include <utility>
 #endif
 
-// True where the instructions of sm_90a may be used; a kernel traps elsewhere: the
-// host must not have started it.
+// True where the instructions of sm_90a may be used; elsewhere a kernel traps: the host must not have started it.
 #if defined(FASTLM_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FASTLM_HOPPER_BODY 1
 #else
