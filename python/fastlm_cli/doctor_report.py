@@ -5,7 +5,10 @@ from __future__ import annotations
 import platform
 import sys
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def failed_import_report(error: ImportError) -> dict[str, Any]:
@@ -42,19 +45,20 @@ def print_report(report: dict[str, Any]) -> None:
         facts.add_row(name, escape(text))
     console.print(facts)
     if operators := report.get("operators"):
-        table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-        devices = {"": ""} | ({"CUDA ": "cuda_"} if any(_on_cuda(row) for row in operators) else {})
-        numbers = [f"{device}{column}" for device in devices for column in ("err fwd", "err bwd", "GB/s")]
-        for column in ("operator", "CPU", "CUDA", "fake", "grad", *numbers, ""):
-            table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+        table = _table("operator", "CPU", "CUDA", "fake", "grad", *_NUMBERS, "")
         for row in operators:
             table.add_row(
                 row["name"],
                 *(_yes(row[key]) for key in ("cpu", "cuda", "fake", "autograd")),
-                *(text for before in devices.values() for text in _measured(row, before)),
+                *_measured(row, ""),
                 "[green]ok[/]" if row["ok"] else "[red]failed[/]",
             )
         console.print(table)
+        if any(row["cuda_forward_error"] is not None for row in operators):
+            table = _table("on the CUDA device", *_NUMBERS)
+            for row in operators:
+                table.add_row(row["name"], *_measured(row, "cuda_"))
+            console.print(table)
         for row in operators:
             if not row["ok"]:
                 console.print(f"{row['name']}: {row['problem']}", style="red", markup=False)
@@ -64,8 +68,16 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(report["problem"], style="red", markup=False)
 
 
-def _on_cuda(row: dict[str, Any]) -> bool:
-    return row["cuda_forward_error"] is not None
+_NUMBERS = ("err fwd", "err bwd", "GB/s")
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
+    return table
 
 
 def _measured(row: dict[str, Any], before: str) -> tuple[str, str, str]:

@@ -410,8 +410,11 @@ def test_doctor_tests_the_cuda_kernels_where_there_is_a_device(monkeypatch: pyte
         assert row["cuda_gb_per_second"] > 0
         assert name == "grouped_gemm" or row["cuda_forward_error"] <= doctor.TOLERANCE
         assert (row["cuda_backward_error"] is None) == (row["backward_error"] is None)
-    shown = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
-    assert "CUDA err fwd" in shown.stdout
+    lines = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "80"}).stdout.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("on the CUDA device"))
+    table = lines[begin + 1 : begin + 1 + len(rows)]
+    assert [line.split()[0] for line in table] == list(rows)  # names are not cut
+    assert all(len(line.split()) == 4 for line in table)
 
 
 def test_doctor_says_why_fastlm_does_not_import(tmp_path: Path) -> None:
